@@ -1,0 +1,11 @@
+"""The two ways a request can end without a number."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A failure the user can mend: one line that names the thing and the remedy."""
+
+
+class NotApplicable(Exception):
+    """A claim asks for something its record does not hold; the message says what and why."""

@@ -1,0 +1,246 @@
+"""T-2 layer knockout: what does the model lose when decoder layers are skipped, alone, in pairs, one after the other?
+
+Skipping a layer leaves the residual stream as it was: both updates, attention and MLP, are left out.
+The loss counts completion tokens only and is the mean over all tokens of all prompts,
+
+    loss = sum_r sum_t -ln p(x_t | x_<t) / sum_r n_r    [nat/token],
+
+taken in float32 and summed in float64 per prompt. (The published run rounded every prompt's sum to
+bfloat16: harmless for ratios of 2, not for effects of 1 %.)
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+import xarray as xr
+
+from lab.errors import NotApplicable
+from lab.records import Record
+
+
+class LayerKnockout(Record):
+    """Losses with layers skipped, and what claims derive from them.
+
+    Dimensions: `layer` (L), `pair` (two skipped layers), `step` (layers removed greedily), `block`
+    (contiguous layers skipped). Singles are sampled over `prompt`; pairs, pruning and blocks over
+    `pair_prompt`, a smaller sample with its own baseline and its own single knockouts.
+    """
+
+    sampling = {"prompt": "scored_tokens", "pair_prompt": "pair_scored_tokens"}
+
+    @cached_property
+    def baseline_loss(self) -> xr.DataArray:
+        """Loss of the intact model [nat/token]."""
+        return self.mean("baseline_loss")
+
+    @cached_property
+    def knockout_loss(self) -> xr.DataArray:
+        """Loss without the layer [layer], nat/token."""
+        return self.mean("knockout_loss")
+
+    @cached_property
+    def loss_delta(self) -> xr.DataArray:
+        """Rise of the loss without the layer [layer], nat/token."""
+        return self.knockout_loss - self.baseline_loss
+
+    @cached_property
+    def loss_ratio(self) -> xr.DataArray:
+        """Loss without the layer over the intact loss [layer]; large wherever the model is sure of its text."""
+        return self.knockout_loss / self.baseline_loss
+
+    @property
+    def uniform_loss(self) -> float:
+        """Loss of a uniform guess over the vocabulary, ln V [nat/token]."""
+        return float(np.log(self.provenance["settings"]["vocabulary"]))
+
+    @cached_property
+    def half_profiles(self) -> tuple[xr.DataArray, xr.DataArray]:
+        """Knockout losses of the even and of the odd prompts [layer], nat/token."""
+        if "prompt" not in self.data.sizes:
+            raise NotApplicable(f"the {self.source} record of {self.subject} holds no losses per prompt")
+        halves = (type(self)(self.data.isel(prompt=slice(start, None, 2))) for start in (0, 1))
+        return tuple(half.knockout_loss for half in halves)  # type: ignore[return-value]
+
+    @property
+    def depth(self) -> xr.DataArray:
+        """Relative depth of each layer [layer]: layer / number of layers."""
+        return self.loss_delta.layer / self.loss_delta.sizes["layer"]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.loss_delta.sizes["layer"])
+
+    @cached_property
+    def kl(self) -> xr.DataArray:
+        """Mean KL(intact || without the layer) over scored positions [layer], nat."""
+        return self.mean("knockout_kl")
+
+    @cached_property
+    def top1_agreement(self) -> xr.DataArray:
+        """Share of scored positions where the layer's absence leaves the top token as it was [layer]."""
+        return self.mean("top1_agreement")
+
+    @cached_property
+    def text_loss_delta(self) -> xr.DataArray:
+        """Rise of the loss on the user's words, in the same forward passes [layer], nat/token."""
+        return self.mean("text_knockout_loss") - self.mean("text_baseline_loss")
+
+    @cached_property
+    def text_loss_ratio(self) -> xr.DataArray:
+        """Loss ratio on the user's words [layer]."""
+        return self.mean("text_knockout_loss") / self.mean("text_baseline_loss")
+
+    @cached_property
+    def layers_by_damage(self) -> list[int]:
+        """Layers, the most damaging to skip first."""
+        return [int(layer) for layer in self.loss_delta.layer[(-self.loss_delta).argsort().values]]
+
+    @cached_property
+    def neighbour_contrast(self) -> xr.DataArray:
+        """Damage of each layer over the median damage of the two layers on either side [layer]; NaN for layer 0."""
+        damage = self.loss_delta.values
+        around = [[j for j in range(i - 2, i + 3) if j != i and 0 <= j < len(damage)] for i in range(len(damage))]
+        contrast = np.array([damage[i] / np.median(damage[near]) for i, near in enumerate(around)])
+        contrast[0] = np.nan
+        return self.loss_delta.copy(data=contrast)
+
+    @cached_property
+    def update_ratio(self) -> xr.DataArray:
+        """Mean norm of the layer's update over mean norm of its input [layer]."""
+        return self.mean("update_norm") / self.mean("input_norm")
+
+    @cached_property
+    def activation_jump(self) -> xr.DataArray:
+        """Growth of the largest residual-stream entry across the layer [layer from 1 on]."""
+        largest = self.variable("residual_abs_max")
+        return largest.isel(layer=slice(1, None)) / largest.shift(layer=1).isel(layer=slice(1, None))
+
+    # ---- pairs
+
+    @cached_property
+    def _pair_singles(self) -> xr.DataArray:
+        # The synergy must compare losses of the same tokens, so the pair sample has its own singles.
+        return self.mean("pair_single_loss") if self.has("pair_single_loss") else self.knockout_loss
+
+    @cached_property
+    def _pair_baseline(self) -> xr.DataArray:
+        return self.mean("pair_baseline_loss") if self.has("pair_baseline_loss") else self.baseline_loss
+
+    @cached_property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The measured pairs (i, j), i < j, in the order of the dimension `pair`."""
+        first, second = self.variable("pair_first_layer"), self.variable("pair_second_layer")
+        return [(int(i), int(j)) for i, j in zip(first.values, second.values, strict=True)]
+
+    def require_all_pairs(self) -> None:
+        """Raise NotApplicable unless every pair of layers was measured."""
+        possible = self.n_layers * (self.n_layers - 1) // 2
+        if len(self.pairs) < possible:
+            raise NotApplicable(f"the {self.source} record of {self.subject} holds {len(self.pairs)} of {possible} pairs")
+
+    @cached_property
+    def pair_delta(self) -> xr.DataArray:
+        """Rise of the loss without both layers [pair], nat/token."""
+        return self.mean("pair_knockout_loss") - self._pair_baseline
+
+    @cached_property
+    def pair_parts(self) -> xr.DataArray:
+        """The two single rises of each pair [pair, part], nat/token."""
+        singles = self._pair_singles.values - float(self._pair_baseline)
+        return xr.DataArray(singles[np.array(self.pairs)], dims=("pair", "part"))
+
+    @cached_property
+    def synergy(self) -> xr.DataArray:
+        """Rise of the pair minus the sum of its single rises [pair], nat/token; > 0 is super-additive."""
+        return self.pair_delta - self.pair_parts.sum("part")
+
+    @cached_property
+    def log_synergy(self) -> xr.DataArray:
+        """Synergy under the multiplicative null: ln(K_ij/B) - ln(K_i/B) - ln(K_j/B) [pair]."""
+        baseline = float(self._pair_baseline)
+        return np.log1p(self.pair_delta / baseline) - np.log1p(self.pair_parts / baseline).sum("part")
+
+    def of_pair(self, quantity: xr.DataArray, i: int, j: int) -> float:
+        """The entry of a per-pair quantity that belongs to layers i and j."""
+        return float(quantity[self._pair_index[(min(i, j), max(i, j))]])
+
+    @cached_property
+    def _pair_index(self) -> dict[tuple[int, int], int]:
+        return {pair: index for index, pair in enumerate(self.pairs)}
+
+    def pairs_by(self, quantity: xr.DataArray) -> list[tuple[int, int]]:
+        """Pairs in falling order of a per-pair quantity."""
+        return [self.pairs[index] for index in (-quantity).argsort().values]
+
+    def pairs_without(self, layers: list[int]) -> np.ndarray:
+        """Mask [pair] of the pairs that contain none of these layers."""
+        return np.array([not set(pair) & set(layers) for pair in self.pairs])
+
+    def pairs_within(self, layers: list[int]) -> np.ndarray:
+        """Mask [pair] of the pairs of which both layers are among these."""
+        return np.array([set(pair) <= set(layers) for pair in self.pairs])
+
+    def partners_of(self, layer: int) -> np.ndarray:
+        """Mask [pair] of the pairs that contain the layer."""
+        return np.array([layer in pair for pair in self.pairs])
+
+    @cached_property
+    def synergy_matrix(self) -> np.ndarray:
+        """Synergy as a symmetric matrix [L, L], NaN on the diagonal and where a pair was not measured."""
+        matrix = np.full((self.n_layers, self.n_layers), np.nan)
+        for (i, j), value in zip(self.pairs, self.synergy.values, strict=True):
+            matrix[i, j] = matrix[j, i] = value
+        return matrix
+
+    # ---- pruning and blocks
+
+    @cached_property
+    def pruning_loss(self) -> xr.DataArray:
+        """Loss after each greedy removal [step, step 0 intact], nat/token."""
+        return self.mean("pruning_loss")
+
+    @property
+    def pruning_order(self) -> list[int]:
+        """Layers in the order of their greedy removal."""
+        return [int(layer) for layer in self.variable("pruning_removed_layer")]
+
+    @cached_property
+    def naive_pruning_loss(self) -> xr.DataArray:
+        """Loss after removing the n layers that hurt least alone [step], nat/token."""
+        if self.has("naive_pruning_loss"):
+            return self.mean("naive_pruning_loss")
+        # The published run measured no naive order, but its pairs hold the first two steps.
+        order = self.layers_by_damage[::-1][:2]
+        pair = self.of_pair(self.mean("pair_knockout_loss"), *order)
+        losses = [float(self.baseline_loss), float(self.knockout_loss.sel(layer=order[0])), pair]
+        return xr.DataArray(losses, dims="step", coords={"step": [0, 1, 2]})
+
+    def max_removable(self, *, ratio: float | None = None, delta: float | None = None, text: bool = False) -> int:
+        """Largest number of greedily removed layers within a loss limit.
+
+        Args:
+            ratio: limit as a multiple of the intact loss.
+            delta: limit as a rise of the loss in nat/token (comparable across models).
+            text: judge by the loss on the user's words instead of the completions.
+        """
+        losses = self.mean("text_pruning_loss") if text else self.pruning_loss
+        intact = losses.sel(step=0)
+        limit = intact * ratio if ratio is not None else intact + delta
+        return int(losses.step[losses <= limit].max())
+
+    @cached_property
+    def best_block_loss(self) -> xr.DataArray:
+        """Lowest loss over all contiguous blocks of a size [block_size], nat/token."""
+        losses = self.mean("block_loss")
+        sizes = self.variable("block_size")
+        best = [(int(size), float(losses[(sizes == size).values].min())) for size in np.unique(sizes)]
+        return xr.DataArray([loss for _, loss in best], dims="block_size", coords={"block_size": [size for size, _ in best]})
+
+
+def all_pairs(n_layers: int) -> list[tuple[int, int]]:
+    """Every pair of layers (i, j), i < j."""
+    return list(combinations(range(n_layers), 2))

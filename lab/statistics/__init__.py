@@ -1,0 +1,1 @@
+"""Statistics that claims share: rank correlation, permutation tests, autocorrelation along depth."""
