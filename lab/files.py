@@ -34,7 +34,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
         part.chmod(0o666 & ~_umask())
         os.replace(part, target)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}; free some space or choose another folder") from error
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 

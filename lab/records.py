@@ -97,21 +97,37 @@ class Record:
         """Bootstrap resamples: whole prompts drawn with replacement, all arrays together.
 
         Prompts are drawn, not tokens: tokens of one completion are correlated. Pairing is kept,
-        because every variable sees the same draw. Empty for published figures.
+        because every variable sees the same draw; and another record whose sampling dimension has
+        the same name and size sees it too. Empty for published figures.
         """
-        generator = np.random.default_rng(SEED)
-        return [self._resampled(generator) for _ in range(RESAMPLES)] if self.sampling_sizes else []
+        generators = {name: np.random.default_rng([SEED, *name.encode()]) for name in self.sampling_sizes}
+        return [self._resampled(generators) for _ in range(RESAMPLES)] if generators else []
 
     def summary(self) -> xr.Dataset:
         """The record without sampling dimensions: the numbers that a snapshot holds."""
-        means = {str(name): self.mean(str(name)) for name in self.data.data_vars if str(name) not in self.sampling.values()}
+        means = {
+            str(name): self.mean(str(name)) for name in self.data.data_vars if str(name) not in self.sampling.values()
+        }
         for name, mean in means.items():
             mean.attrs = dict(self.data[name].attrs)
         return xr.Dataset(means)
 
-    def _resampled(self, generator: np.random.Generator) -> Self:
-        draws = {name: generator.integers(size, size=size) for name, size in self.sampling_sizes.items()}
+    def _resampled(self, generators: Mapping[str, np.random.Generator]) -> Self:
+        draws = {name: generators[name].integers(size, size=size) for name, size in self.sampling_sizes.items()}
         return type(self)(self.data.isel(draws))
+
+
+def variable(dims: str | Sequence[str], values: Any, unit: str, description: str, **attrs: str) -> xr.Variable:
+    """A variable of a record: labelled values with their unit and a one-line description.
+
+    Args:
+        dims: names of the dimensions, in the order of the axes of `values`; `()` for a single number.
+        values: array-like.
+        unit: e.g. `nat/token`, `layer`, `1` for pure numbers.
+        description: what it is, in one line.
+        attrs: further attributes, e.g. `weights`, the variable that holds the token counts.
+    """
+    return xr.Variable(dims, np.asarray(values), {"unit": unit, "description": description, **attrs})
 
 
 def _weighted(array: xr.DataArray, weights: xr.DataArray, dimension: str) -> xr.DataArray:

@@ -70,6 +70,22 @@ def token_batches(texts: Sequence[TokenText], max_tokens: int) -> list[TokenBatc
     return [_batch(group, texts) for group in _groups(order, texts, max_tokens)]
 
 
+def positions(batch: TokenBatch, targets: Sequence[Sequence[int]]) -> Positions:
+    """Positions of other targets in the same batch.
+
+    Args:
+        batch: a batch of some texts.
+        targets: for every text of the corpus (not only this batch's) indices of targets, each at least 1.
+    """
+    scored = [(row, t - 1, int(batch.ids[row, t])) for row, text in enumerate(batch.texts) for t in targets[text]]
+    return _positions(scored)
+
+
+def _positions(scored: Sequence[tuple[int, int, int]]) -> Positions:
+    row, position, target = torch.tensor(scored, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    return Positions(row, position, target)
+
+
 def _groups(order: Iterable[int], texts: Sequence[TokenText], max_tokens: int) -> Iterable[list[int]]:
     group: list[int] = []
     for index in order:  # lengths rise, so the newest text is the widest
@@ -85,6 +101,5 @@ def _batch(group: Sequence[int], texts: Sequence[TokenText]) -> TokenBatch:
     width = max(len(texts[index].ids) for index in group)
     rows = [texts[index].ids + texts[index].ids[-1:] * (width - len(texts[index].ids)) for index in group]
     scored = [(row, t - 1, texts[index].ids[t]) for row, index in enumerate(group) for t in texts[index].targets]
-    row, position, target = torch.tensor(scored, dtype=torch.int64).reshape(-1, 3).unbind(1)
     lengths = torch.tensor([len(texts[index].ids) for index in group])
-    return TokenBatch(tuple(group), torch.tensor(rows, dtype=torch.int64), lengths, Positions(row, position, target))
+    return TokenBatch(tuple(group), torch.tensor(rows, dtype=torch.int64), lengths, _positions(scored))

@@ -11,14 +11,22 @@ bfloat16: harmless for ratios of 2, not for effects of 1 %.)
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import xarray as xr
 
 from lab.errors import NotApplicable
+from lab.experiments import Experiment, Tolerance
 from lab.records import Record
+
+if TYPE_CHECKING:
+    from lab.corpora.corpus import Corpus
+    from lab.store import Sweep
+    from lab.subjects.loading import LoadedSubject
 
 
 class LayerKnockout(Record):
@@ -29,7 +37,7 @@ class LayerKnockout(Record):
     `pair_prompt`, a smaller sample with its own baseline and its own single knockouts.
     """
 
-    sampling = {"prompt": "scored_tokens", "pair_prompt": "pair_scored_tokens"}
+    sampling: ClassVar = {"prompt": "scored_tokens", "pair_prompt": "pair_scored_tokens"}
 
     @cached_property
     def baseline_loss(self) -> xr.DataArray:
@@ -140,7 +148,9 @@ class LayerKnockout(Record):
         """Raise NotApplicable unless every pair of layers was measured."""
         possible = self.n_layers * (self.n_layers - 1) // 2
         if len(self.pairs) < possible:
-            raise NotApplicable(f"the {self.source} record of {self.subject} holds {len(self.pairs)} of {possible} pairs")
+            raise NotApplicable(
+                f"the {self.source} record of {self.subject} holds {len(self.pairs)} of {possible} pairs"
+            )
 
     @cached_property
     def pair_delta(self) -> xr.DataArray:
@@ -209,12 +219,17 @@ class LayerKnockout(Record):
         return [int(layer) for layer in self.variable("pruning_removed_layer")]
 
     @cached_property
+    def naive_pruning_order(self) -> list[int]:
+        """Layers by rising damage of their single knockout, on the texts that greedy pruning judges by."""
+        return [int(layer) for layer in np.argsort(self._pair_singles.values, kind="stable")]
+
+    @cached_property
     def naive_pruning_loss(self) -> xr.DataArray:
         """Loss after removing the n layers that hurt least alone [step], nat/token."""
         if self.has("naive_pruning_loss"):
             return self.mean("naive_pruning_loss")
         # The published run measured no naive order, but its pairs hold the first two steps.
-        order = self.layers_by_damage[::-1][:2]
+        order = self.naive_pruning_order[:2]
         pair = self.of_pair(self.mean("pair_knockout_loss"), *order)
         losses = [float(self.baseline_loss), float(self.knockout_loss.sel(layer=order[0])), pair]
         return xr.DataArray(losses, dims="step", coords={"step": [0, 1, 2]})
@@ -238,9 +253,63 @@ class LayerKnockout(Record):
         losses = self.mean("block_loss")
         sizes = self.variable("block_size")
         best = [(int(size), float(losses[(sizes == size).values].min())) for size in np.unique(sizes)]
-        return xr.DataArray([loss for _, loss in best], dims="block_size", coords={"block_size": [size for size, _ in best]})
+        return xr.DataArray(
+            [loss for _, loss in best], dims="block_size", coords={"block_size": [size for size, _ in best]}
+        )
 
 
 def all_pairs(n_layers: int) -> list[tuple[int, int]]:
     """Every pair of layers (i, j), i < j."""
     return list(combinations(range(n_layers), 2))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much text the sweep reads.
+
+    Attributes:
+        prompts: prompts of the single knockouts, a balanced prefix of the corpus; None is all.
+        tokens: completion tokens scored per prompt, from the start of the completion; None is all.
+        pair_prompts: prompts of pairs, pruning and blocks.
+        pair_tokens: completion tokens scored per prompt there.
+        block_sizes: sizes of contiguous blocks, as far as they are at most L/4; None is every size.
+        head_dtype: precision of the vocabulary projection; log-softmax is float32 in either case.
+        batch_tokens: padded tokens per batch.
+    """
+
+    prompts: int | None
+    tokens: int | None
+    pair_prompts: int | None
+    pair_tokens: int | None
+    block_sizes: tuple[int, ...] | None
+    head_dtype: str = "bfloat16"
+    batch_tokens: int = 2048
+
+
+def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep) -> xr.Dataset:
+    """Skip layers alone, in all pairs, greedily one after the other, and in contiguous blocks.
+
+    Single knockouts are measured on `budget.prompts`; everything combinatorial on the smaller
+    sample `budget.pair_prompts`, whose baseline and single knockouts are measured on the very same
+    tokens, so that a synergy is a difference of paired losses.
+    """
+    from lab.experiments.layers.measuring import layer_knockout
+
+    return layer_knockout.measure(subject, corpus, budget, sweep)
+
+
+LOSS = Tolerance(0.02, 0.01, "bfloat16 kernels differ between builds and thread counts by up to 1 % of a loss")
+EXPERIMENT = Experiment(
+    id="T-2",
+    title="Layer knockout",
+    question="What does the model lose when decoder layers are skipped, alone, in pairs, or one after the other?",
+    record=LayerKnockout,
+    measure=measure,
+    budgets={
+        "quick": Budget(prompts=28, tokens=64, pair_prompts=7, pair_tokens=24, block_sizes=(1, 2, 4, 7)),
+        "full": Budget(
+            prompts=None, tokens=None, pair_prompts=28, pair_tokens=None, block_sizes=None, batch_tokens=16384
+        ),
+    },
+    tolerances={"": LOSS},
+)

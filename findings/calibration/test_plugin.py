@@ -1,0 +1,387 @@
+"""The plugin, on a toy suite: collection, outcomes, the command line, and what a run leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.calibration
+
+REPOSITORY = Path(__file__).parents[2]
+FIELDS = [
+    "claim", "kind", "statement", "experiment", "subject", "source", "where",
+    "verdict", "recorded", "outcome", "measured", "threshold", "support", "seconds",
+]  # fmt: skip
+
+
+def named(result: pytest.RunResult) -> list[str]:
+    """The ids that --collect-only -q printed, without the module."""
+    return [line.partition("::")[2] for line in result.outlines if "::" in line]
+
+
+# ---- collection
+
+
+def test_ids_name_subject_and_layer(suite):
+    suite.publish()
+    collected = named(suite.run("--collect-only", "-q"))
+    assert collected == [
+        "test_toy_matches_snapshot[famous]",
+        "test_toy_matches_snapshot[tiny]",
+        "test_loss[famous]",
+        "test_loss[tiny]",
+        *[f"test_every_layer[{subject}-L0{layer}]" for subject in ("famous", "tiny") for layer in range(3)],
+        "test_prompts[famous]",
+        "test_prompts[tiny]",
+        "test_famous[famous]",
+    ]
+    assert suite.measurements == 0
+
+
+def test_without_published_figures_only_measurements_are_collected(suite):
+    assert named(suite.run("--collect-only", "-q", "-k", "X-1.1 or X-1.11")) == [
+        "test_loss[tiny]",
+        *[f"test_every_layer[tiny-L0{layer}]" for layer in range(3)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("X-1.1", {"test_loss", "test_every_layer"}),
+        ("X-1.1b", {"test_every_layer"}),
+        ("X-1.10", {"test_prompts"}),
+        ("X-1", {"test_loss", "test_every_layer", "test_prompts"}),
+        ("X-1.1 and not X-1.1b", {"test_loss"}),
+        ("(X-1.10)", {"test_prompts"}),
+        ("toy_matches", {"test_toy_matches_snapshot"}),
+        ("L01", {"test_every_layer"}),
+    ],
+)
+def test_k_finds_a_claim_and_its_lettered_siblings(suite, expression, expected):
+    collected = named(suite.run("--collect-only", "-q", "-k", expression))
+    assert {name.partition("[")[0] for name in collected} == expected
+
+
+def test_markers_part_published_from_measured(suite):
+    suite.publish()
+    assert all("famous" in name for name in named(suite.run("--collect-only", "-q", "-m", "published")))
+    assert all("tiny" in name for name in named(suite.run("--collect-only", "-q", "-m", "measured")))
+
+
+def test_subjects_are_chosen_by_name(suite):
+    suite.publish()
+    assert named(suite.run("--collect-only", "-q", "--subject", "small", "-k", "test_loss")) == ["test_loss[small]"]
+    everything = named(suite.run("--collect-only", "-q", "--subject", "all", "-k", "test_loss"))
+    assert everything == ["test_loss[tiny]", "test_loss[small]", "test_loss[missing]"]
+
+
+def test_gpu_subjects_wait_to_be_asked_for(suite, monkeypatch):
+    suite.publish()
+    asked = ("--collect-only", "-q", "-m", "gpu", "-k", "test_loss")
+    monkeypatch.setattr("fixtures.collection.cuda_is_here", lambda: True)
+    assert named(suite.run(*asked)) == ["test_loss[famous]"]
+    assert named(suite.run("--collect-only", "-q", "-m", "not gpu", "-k", "test_loss")) == [
+        "test_loss[famous]",
+        "test_loss[tiny]",
+    ]
+    monkeypatch.setattr("fixtures.collection.cuda_is_here", lambda: False)
+    assert named(suite.run(*asked)) == []
+
+
+def test_published_and_measured_ids_of_one_subject_differ(suite, monkeypatch):
+    suite.publish()
+    monkeypatch.setattr("fixtures.collection.cuda_is_here", lambda: True)
+    collected = named(suite.run("--collect-only", "-q", "-m", "gpu or published", "-k", "test_loss"))
+    assert collected == ["test_loss[famous-published]", "test_loss[famous]"]
+
+
+@pytest.mark.parametrize(
+    ("claims", "complaint"),
+    [
+        (
+            '''
+            from fixtures.claims import claim
+            @claim("X-1.1", "published")
+            def test_a(toy):
+                """A."""
+            @claim("X-1.1", "published")
+            def test_b(toy):
+                """B."""
+            ''',
+            "claim X-1.1 is stated twice: by test_a and by test_b",
+        ),
+        (
+            '''
+            from fixtures.claims import claim
+            @claim("X-1.1", "published")
+            def test_a(toy, tmp_path):
+                """A."""
+            ''',
+            "claim X-1.1 takes tmp_path; a claim takes records and parameters only",
+        ),
+        (
+            '''
+            from fixtures.claims import claim
+            @claim("X-1.1", "published")
+            def test_a():
+                """A."""
+            ''',
+            "claim X-1.1 takes no record",
+        ),
+    ],
+)
+def test_malformed_claims_stop_the_run_with_one_line(suite, claims, complaint):
+    suite.claims(claims)
+    result = suite.run()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert complaint in str(result.stderr)
+    assert "Traceback" not in f"{result.stdout}{result.stderr}"
+
+
+def test_claims_may_be_parametrized_over_other_places(suite):
+    suite.claims(
+        '''
+        import pytest
+        from fixtures.claims import claim
+        @pytest.mark.parametrize("matrix", ["q_proj", "k_proj"])
+        @claim("X-1.2", "published")
+        def test_matrix(toy, matrix):
+            """Every matrix is one."""
+            assert toy.loss > 0
+        '''
+    )
+    assert [row["where"] for row in suite.verdicts()] == ["k_proj", "q_proj"]
+
+
+def test_collecting_imports_no_torch():
+    code = (
+        "import sys, pytest\n"
+        "assert pytest.main(['findings/layers', '--collect-only', '-qq', '-p', 'no:cacheprovider']) == 0\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# ---- outcomes
+
+HELD, FAILED, INAPPLICABLE = "assert toy.loss < 2", "assert toy.loss > 2", "not_applicable('no toys')"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "now", "expected"),
+    [
+        (HELD, HELD, "passed"),
+        (HELD, FAILED, "failed"),
+        (HELD, INAPPLICABLE, "failed"),
+        (FAILED, FAILED, "xfailed"),
+        (FAILED, HELD, "failed"),
+        (FAILED, INAPPLICABLE, "failed"),
+        (INAPPLICABLE, INAPPLICABLE, "skipped"),
+        (INAPPLICABLE, HELD, "failed"),
+        (INAPPLICABLE, FAILED, "failed"),
+        (None, HELD, "passed"),
+        (None, FAILED, "failed"),
+        (None, INAPPLICABLE, "skipped"),
+    ],
+)
+def test_outcome_table(suite, recorded, now, expected):
+    def state(body):
+        head = "from fixtures.claims import claim, not_applicable\n@claim('X-1.1', 'published')\n"
+        suite.claims(f'{head}def test_loss(toy):\n    """The loss."""\n    {body}\n')
+
+    if recorded:
+        state(recorded)
+        first = suite.run("--snapshot-update")
+        first.assert_outcomes(**{{HELD: "passed", FAILED: "xfailed", INAPPLICABLE: "skipped"}[recorded]: 1})
+    state(now)
+    result = suite.run()
+    result.assert_outcomes(**{expected: 1})
+    drifted = recorded not in (None, now)
+    assert ("drift" in str(result.stdout)) == drifted
+    assert "INTERNALERROR" not in str(result.stdout)
+
+
+def test_failure_says_what_was_measured_and_what_was_needed(suite):
+    result = suite.run("-k", "L02")
+    result.stdout.fnmatch_lines(
+        [
+            ">*assert toy.layer_loss.sel(layer=layer) <= 3",
+            "E*X-1.1b on tiny, L02 (quick-bfloat16): Every layer's loss is at most three.",
+            "E*measured   4",
+            "E*threshold  <= 3",
+        ]
+    )
+
+
+def test_drift_names_the_recorded_counter_example(suite):
+    suite.run("--snapshot-update")
+    suite.values({"loss": [3.0] * 4, "layer_loss": [[1.0] * 4] * 3})
+    result = suite.run("--fresh", "-k", "X-1.1")
+    result.stdout.fnmatch_lines(["*drift      the snapshot of tiny says holds (measured 1, needed < 2); now it fails"])
+    result.stdout.fnmatch_lines(
+        ["*drift      the snapshot of tiny says refuted (measured 4, needed <= 3); now the claim holds"]
+    )
+
+
+def test_an_error_in_a_claim_is_no_verdict(suite):
+    suite.claims(
+        '''
+        from fixtures.claims import claim
+        @claim("X-1.1", "published")
+        def test_loss(toy):
+            """The loss."""
+            assert toy.loss.sel(nowhere=1) < 2
+        '''
+    )
+    (row,) = suite.verdicts("--snapshot-update")
+    assert (row["verdict"], row["outcome"]) == (None, "failed")
+    assert not suite.snapshot().exists()
+
+
+# ---- records
+
+
+def test_a_record_is_measured_once_and_then_read(suite):
+    suite.run()
+    suite.run()
+    assert suite.measurements == 1
+    suite.run("--fresh")
+    assert suite.measurements == 2
+
+
+def test_a_failed_measurement_is_one_line_and_not_repeated(suite):
+    suite.values({"error": "the loss of prompt 3 is not finite; lower the learning rate"})
+    result = suite.run("-k", "X-1.1")
+    result.assert_outcomes(errors=4)
+    assert suite.measurements == 1
+    assert "Traceback" not in str(result.stdout)
+    assert "def " not in str(result.stdout)
+
+
+def test_missing_weights_skip_with_the_command_that_fetches_them(suite):
+    result = suite.run("--subject", "missing", "-rs", "-k", "X-1.10")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["SKIPPED*the weights of missing are not here; python -m lab fetch missing"])
+
+
+def test_unfit_completions_skip_with_the_reason(suite, monkeypatch):
+    corpus = type("Unfit", (), {"digest": "", "problems": lambda self: ["only 3 tokens can be scored"]})()
+    monkeypatch.setattr("lab.corpora.corpus.load_corpus", lambda facts, tokenizer, path: corpus)
+    result = suite.run("-rs", "-k", "X-1.10")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["SKIPPED*the completions of tiny are unfit: only 3 tokens can be scored"])
+
+
+def test_support_is_the_share_of_resamples_in_which_the_claim_holds(suite):
+    suite.values({"loss": [1.0, 1.0, 1.0, 4.0], "layer_loss": [[1.0] * 4] * 3})  # 1.0 or up to 4.0, by the draw
+    rows = {row["claim"]: row for row in suite.verdicts("--subject", "tiny")}
+    assert 0.2 < rows["X-1.1"]["support"] < 0.8
+    assert rows["X-1.1b"]["support"] == 1
+    assert rows["X-1.10"]["support"] is None
+    suite.run("-k", "X-1.1").stdout.fnmatch_lines(["*fragile*"])
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--subject", "tinny"), "unknown subject 'tinny': did you mean tiny"),
+        (("--against", "tinny"), "unknown subject 'tinny'"),
+        (("--model", "/nowhere/at-all"), "/nowhere/at-all"),
+        (("--corpus", "nowhere.json"), "there is no file nowhere.json"),
+        (("--budget", "huge"), "invalid choice: 'huge'"),
+        (("--against", "small", "--snapshot-update"), "--against compares and --snapshot-update records"),
+    ],
+)
+def test_a_wrong_option_is_one_line(suite, arguments, complaint):
+    result = suite.run(*arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert complaint in str(result.stderr)
+    assert "Traceback" not in f"{result.stdout}{result.stderr}"
+
+
+def test_verdicts_file_has_one_object_per_claim_test(suite):
+    suite.publish()
+    suite.run("--snapshot-update")
+    rows = suite.verdicts()
+    assert all(list(row) == FIELDS for row in rows)
+    assert [(row["claim"], row["source"], row["where"]) for row in rows if row["claim"] == "X-1.1b"] == [
+        ("X-1.1b", source, f"L0{layer}") for source in ("measured", "published") for layer in range(3)
+    ]
+    third = next(row for row in rows if row["where"] == "L02" and row["source"] == "measured")
+    assert third | {"seconds": 0} == {
+        "claim": "X-1.1b", "kind": "corrected", "statement": "Every layer's loss is at most three.",
+        "experiment": "toy", "subject": "tiny", "source": "measured", "where": "L02",
+        "verdict": "refuted", "recorded": "refuted", "outcome": "xfailed",
+        "measured": 4.0, "threshold": "<= 3", "support": 0.0, "seconds": 0,
+    }  # fmt: skip
+
+
+def test_verdicts_file_that_cannot_be_written_is_one_line(suite):
+    (suite.folder / "taken").write_text("")
+    result = suite.run("--verdicts", "taken/verdicts.json")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "INTERNALERROR" not in str(result.stdout)
+    result.stdout.fnmatch_lines(["ERROR: cannot write *taken/verdicts.json*"])
+
+
+def test_table_folds_layers_into_one_row(suite):
+    suite.publish()
+    text = " ".join(str(suite.run()).split())
+    assert "holds 2/3; fails L02" in text
+    result = suite.run()
+    result.stdout.fnmatch_lines(
+        ["*verdicts*", "*claim*statement*", "famous (published): 4 holds, 1 refuted, 1 not applicable"]
+    )
+    result.stdout.fnmatch_lines(["tiny (measured): 3 holds, 1 refuted, 1 not applicable"])
+
+
+def test_junit_xml_is_written_by_pytest(suite):
+    suite.run("--junitxml", "junit.xml")
+    assert 'name="test_every_layer[tiny-L02]"' in (suite.folder / "junit.xml").read_text()
+
+
+def test_exitfirst_and_last_failed_behave_as_usual(suite):
+    suite.run("--snapshot-update", "-k", "toy_matches")
+    first = suite.run("-x", "-p", "cacheprovider")
+    first.assert_outcomes(passed=4, failed=1)
+    assert named(suite.run("--lf", "--collect-only", "-q", "-p", "cacheprovider")) == ["test_every_layer[tiny-L02]"]
+
+
+def test_two_workers_measure_once_and_write_one_of_everything(suite):
+    suite.publish()
+    result = suite.run_apart("-n", "2", "--snapshot-update", "--verdicts", "verdicts.json")
+    result.assert_outcomes(passed=8, xfailed=2, skipped=2)
+    assert suite.measurements == 1
+    rows = json.loads((suite.folder / "verdicts.json").read_text())
+    assert len(rows) == 11
+    recorded = suite.recorded()
+    assert set(recorded["numbers"]) == {"loss", "layer_loss"}
+    assert list(recorded["verdicts"]) == ["X-1.1", "X-1.1b L00", "X-1.1b L01", "X-1.1b L02", "X-1.10"]
+    again = suite.run_apart("-n", "2")
+    again.assert_outcomes(passed=8, xfailed=2, skipped=2)
+    assert suite.measurements == 1
+
+
+def test_malformed_claims_stop_workers_too(suite):
+    suite.claims(CLAIM_WITHOUT_RECORD)
+    result = suite.run_apart("-n", "1")
+    assert result.ret != 0
+    assert "claim X-1.1 takes no record" in f"{result.stdout}{result.stderr}"
+
+
+CLAIM_WITHOUT_RECORD = '''
+    from fixtures.claims import claim
+    @claim("X-1.1", "published")
+    def test_a():
+        """A."""
+'''

@@ -1,0 +1,120 @@
+"""The command line beside pytest's: subjects, their weights and their completions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lab.errors import UserError
+from lab.subjects import weights
+from lab.subjects.catalog import Facts, catalog, facts, facts_of_model
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Subjects of the findings: the models under study, their weights and their completions.",
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A catalogued subject, a folder, a .gguf file or a hub id.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Subjects, folders, .gguf files or hub ids.")]
+
+#: columns of a table that goes to a file or a pipe, where there is no terminal to fit it into
+PIPE_WIDTH = 200
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; a UserError becomes one red line on stderr and exit code 2."""
+    try:
+        app(args=arguments)
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]{escape(str(error))}[/]", highlight=False)
+        raise SystemExit(2) from None
+
+
+@app.callback()
+def _root() -> None:
+    # With a callback Typer keeps command names even while there is one command only.
+    pass
+
+
+@app.command()
+def subjects() -> None:
+    """List the catalog: architecture, size, licence, source, and whether the weights are here."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("subject", "architecture", "layers", "parameters", "download", "weights", "licence", "source"):
+        right = heading in ("layers", "parameters", "download")
+        squeezed = heading in ("licence", "source")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=not squeezed, overflow="fold")
+    for subject in catalog().values():
+        table.add_row(*_row(subject))
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console.print(table)
+    console.print("* the default; [bold]python -m lab fetch NAME[/] brings weights here", highlight=False)
+
+
+@app.command()
+def fetch(names: Names) -> None:
+    """Bring weights here: download, check against the pinned digest, convert to safetensors."""
+    for subject in [resolve(name) for name in names]:
+        folder = _fetch(subject)
+        Console(soft_wrap=True).print(f"{subject.name}: {folder}", highlight=False)
+
+
+@app.command()
+def complete(
+    name: Name,
+    generator: Annotated[Literal["vllm", "transformers"], typer.Option(help="What generates.")] = "vllm",
+    max_tokens: Annotated[int, typer.Option(help="Longest completion, end token included.")] = 128,
+    output: Annotated[Path | None, typer.Option(help="File to write (default: the committed one).")] = None,
+) -> None:
+    """Let a subject answer the prompt set, greedily, and save what it says."""
+    from lab.corpora import completions
+
+    subject = resolve(name)
+    console = Console(soft_wrap=True)
+    saved = completions.complete(
+        subject,
+        weights.required_location(subject),
+        output,
+        generator=generator,
+        max_tokens=max_tokens,
+        report=lambda line: console.print(escape(line), highlight=False),
+    )
+    console.print(f"{subject.name}: {saved}", highlight=False)
+
+
+def resolve(name: str) -> Facts:
+    """Facts of a catalogued subject, or of a model given as a path or hub id.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    is_model = name not in catalog() and ("/" in name or name.endswith(".gguf") or Path(name).exists())
+    return facts_of_model(name) if is_model else facts(name)
+
+
+def _row(subject: Facts) -> tuple[str, ...]:
+    parameters = f"{subject.parameters / 1e6:,.0f} M" if subject.parameters else "?"
+    size = f"{subject.size_bytes / 1e6:,.0f} MB" if subject.size_bytes else "?"
+    here = "[green]here[/]" if weights.location(subject) else "-"
+    name = subject.name + (" *" if subject.default else "")
+    source = escape(str(subject.source))
+    return name, subject.architecture, str(subject.layers), parameters, size, here, subject.licence, source
+
+
+def _fetch(subject: Facts) -> Path:
+    columns = (SpinnerColumn(), TextColumn("{task.fields[name]}: {task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("looking", total=None, name=subject.name)
+        return weights.fetch(
+            subject, lambda done, total, what: progress.update(task, description=what, completed=done, total=total)
+        )

