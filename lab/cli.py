@@ -15,7 +15,8 @@ from rich.table import Table
 
 from lab.errors import UserError
 from lab.subjects import weights
-from lab.subjects.catalog import Facts, catalog, facts, facts_of_model
+from lab.subjects.catalog import catalog, facts, facts_of_model
+from lab.subjects.facts import Facts, Hub
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -112,8 +113,11 @@ def _row(subject: Facts) -> tuple[str, ...]:
 
 
 def _fetch(subject: Facts) -> Path:
+    if isinstance(subject.source, Hub):
+        return weights.fetch(subject)  # the hub's client has progress bars of its own
     columns = (SpinnerColumn(), TextColumn("{task.fields[name]}: {task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("looking", total=None, name=subject.name)
         return weights.fetch(
             subject, lambda done, total, what: progress.update(task, description=what, completed=done, total=total)

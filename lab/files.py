@@ -23,22 +23,22 @@ def atomic_path(target: Path) -> Iterator[Path]:
     The content is flushed to disk before the rename, so that a reader sees the old file or the
     new one, whatever kills the writer.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    os.close(descriptor)
-    part = Path(name)
+    part: Path | None = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        os.close(descriptor)
+        part = Path(name)
         yield part
         with open(part, "rb") as written:
             os.fsync(written.fileno())
         part.chmod(0o666 & ~_umask())
         os.replace(part, target)
     except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
+        raise _cannot_write(target, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 def write_text(target: Path, text: str) -> None:
@@ -50,9 +50,16 @@ def write_text(target: Path, text: str) -> None:
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Hold the inter-process lock that belongs to `target` (a file `<target>.lock` beside it)."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    lock = FileLock(f"{target}.lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def sha256(path: Path) -> str:
@@ -75,6 +82,10 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"the {what} {path} is not whole JSON ({error}); restore it or make it again") from error
+
+
+def _cannot_write(target: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {target}: {error.strerror or error}; free some space or choose another folder")
 
 
 def _umask() -> int:

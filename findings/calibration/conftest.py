@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import sys
+from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
 
@@ -83,6 +85,7 @@ CLAIMS = '''
         assert toy.loss == 1
 '''
 
+PLUGIN = 'pytest_plugins = ["fixtures.plugin"]\n'
 VALUES = {
     "loss": [1.0, 1.1, 0.9, 1.0],
     "layer_loss": [[1.0, 1.1, 0.9, 1.0], [2.0, 2.1, 1.9, 2.0], [4.0, 4.1, 3.9, 4.0]],
@@ -133,6 +136,7 @@ def toy_world(folder, patch):
     patch("lab.corpora.reading.committed_path", lambda subject: Path(folder) / "completions.json")
     patch("lab.corpora.corpus.load_corpus", lambda facts, tokenizer, path: corpus)
     sys.modules["lab.subjects.loading"] = loading
+    sys.modules["torch"] = SimpleNamespace(get_num_threads=lambda: 1)
 
 
 class Suite:
@@ -143,8 +147,9 @@ class Suite:
         self.folder: Path = pytester.path
         self.values(VALUES)
         pytester.makepyfile(toy_experiment=EXPERIMENT)
+        pytester.makeconftest(PLUGIN)
         self.claims(CLAIMS)
-        pytester.makeini("[pytest]\naddopts = --strict-markers -p no:cacheprovider\n")
+        pytester.makeini("[pytest]\naddopts = --strict-markers -p no:hypothesispytest -p no:benchmark -p no:anyio\n")
 
     def claims(self, text: str, module: str = "test_toy") -> None:
         self._pytester.makepyfile(**{module: dedent(text)})
@@ -171,13 +176,13 @@ class Suite:
         published._document.cache_clear()
 
     def run(self, *arguments: str) -> pytest.RunResult:
-        return self._pytester.runpytest_inprocess("-p", "fixtures.plugin", *arguments)
+        return self._pytester.runpytest_inprocess(*arguments)
 
     def run_apart(self, *arguments: str) -> pytest.RunResult:
         patching = f"from pathlib import Path\nimport pytest\n\n{inspect.getsource(toy_world)}\n"
         call = "toy_world(Path(__file__).parent, pytest.MonkeyPatch().setattr)\n"
-        self._pytester.makeconftest(patching + call)
-        return self._pytester.runpytest_subprocess("-p", "fixtures.plugin", *arguments)
+        self._pytester.makeconftest(PLUGIN + patching + call)
+        return self._pytester.runpytest_subprocess(*arguments)
 
     def snapshot(self, subject: str = "tiny", condition: str = "quick-bfloat16") -> Path:
         return self.folder / "snapshots" / subject / condition / "toy.json"
@@ -196,14 +201,25 @@ class Suite:
         return len(log.read_text().splitlines()) if log.exists() else 0
 
 
+@pytest.fixture(scope="session")
+def imported() -> None:
+    """Import what runs of the toy suite need before pytester begins, for it forgets what it saw being imported.
+
+    What `toy_world` patches must not be imported afresh, and compiled modules cannot be.
+    """
+    for name in ("lab.corpora.corpus", "lab.corpora.reading", "lab.subjects.weights", "scipy.io"):
+        import_module(name)
+
+
 @pytest.fixture
-def suite(pytester, monkeypatch, tmp_path) -> Suite:
+def suite(imported, pytester, monkeypatch, tmp_path) -> Suite:
     monkeypatch.setenv("DL_FINDINGS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TOY_VALUES", str(pytester.path / "values.json"))
     monkeypatch.setenv("TOY_LOG", str(pytester.path / "log"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.syspath_prepend(pytester.path)
-    monkeypatch.setitem(__import__("sys").modules, "lab.subjects.loading", None)  # restored afterwards
+    for name in ("lab.subjects.loading", "torch"):  # toy_world replaces them; this restores them
+        monkeypatch.setitem(sys.modules, name, None)
     toy_world(pytester.path, monkeypatch.setattr)
     experiments.experiment.cache_clear()
     published._document.cache_clear()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DL_FINDINGS_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
 
@@ -53,9 +54,12 @@ def test_subjects_says_which_weights_are_here(
 
 
 def test_fetch_tells_where_the_weights_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        weights, "fetch", lambda subject, report: report(1, 2, "downloading") or Path("/there", subject.name)
-    )
+    def here(subject: Facts, report: Callable[[float, float, str], None] | None = None) -> Path:
+        if report is not None:
+            report(1, 2, "downloading")
+        return Path("/there", subject.name)
+
+    monkeypatch.setattr(weights, "fetch", here)
     assert run("fetch", "gemma-3-270m", "qwen3-1.7b") == 0
     assert capsys.readouterr().out.splitlines() == [
         "gemma-3-270m: /there/gemma-3-270m",
@@ -108,7 +112,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert message in err
 
 
-def test_the_module_is_the_command(tmp_path: Path) -> None:
+def test_the_module_is_the_command() -> None:
     """A mistake in the shell: no traceback, one line, exit code 2."""
     ended = subprocess.run([sys.executable, "-m", "lab", "fetch", "gema"], capture_output=True, text=True, check=False)
     assert ended.returncode == 2

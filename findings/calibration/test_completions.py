@@ -159,6 +159,19 @@ def test_a_missing_environment_names_the_commands_that_make_it(toy, tmp_path, mo
         completions.complete(*toy, tmp_path / "c.json")
 
 
+def test_an_interpreter_that_cannot_be_run_is_one_line(toy, tmp_path, monkeypatch):
+    """A path that is there but is no program."""
+    monkeypatch.setenv(INTERPRETER, str(tmp_path))
+    with pytest.raises(UserError, match="cannot run the generator"):
+        completions.complete(*toy, tmp_path / "c.json")
+
+
+def test_a_folder_without_fast_tokenizer_is_one_line(toy, tmp_path):
+    """Offsets, and so the user's words, need a fast tokenizer."""
+    with pytest.raises(UserError, match=r"no tokenizer.json"):
+        completions.complete(toy[0], tmp_path, tmp_path / "c.json")
+
+
 def test_a_generator_that_fails_names_its_log(toy, tmp_path, impostor):
     """The generator's own words are kept; nothing is written."""
     impostor("echo out of luck; exit 3")

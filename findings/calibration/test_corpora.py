@@ -16,6 +16,8 @@ from lab.corpora.checks import flags_of
 from lab.corpora.completions_file import Completion, CompletionsFile
 from lab.corpora.corpus import Corpus, Text, completion_slice, load_corpus, token_text, user_text
 from lab.corpora.degeneration import novel
+from lab.corpora.prompts import load_prompts
+from lab.corpora.references import reference_corpus
 from lab.corpora.rendering import render, special_ids
 from lab.errors import UserError
 from lab.subjects.catalog import facts
@@ -42,7 +44,7 @@ def answered(tokenizer, name: str, category: str, prompt: str, answer: str, ende
     ids = tuple(tokenizer(answer, add_special_tokens=False)["input_ids"]) + (tokenizer.eos_token_id,) * ended
     reason = "stop" if ended else "length"
     known = Completion(
-        name, category, prompt, rendering.text, answer, reason, (), rendering.user_span, 0, 0.9, 0.5, rendering.ids, ids
+        name, category, prompt, rendering.text, answer, reason, (), rendering.user_span, 0, 1.0, 0.5, rendering.ids, ids
     )
     return replace(known, flags=flags_of(known, special_ids(tokenizer)))
 
@@ -413,3 +415,13 @@ def test_a_prefix_is_balanced():
     """The first n texts of a corpus, categories within one of each other."""
     prefix = corpus_of(*[60] * 50).prefix(7)
     assert sorted(sum(text.category == category for text in prefix.texts) for category in "abc") == [2, 2, 3]
+
+
+@pytest.mark.parametrize(("frame", "blank"), [("chat", ""), ("plain", " ")])
+def test_reference_answers_make_a_corpus_without_generation(toy, tokenizer, frame, blank):
+    """Every prompt has its reference as completion, joined by ids, and the corpus says so."""
+    corpus, asked = reference_corpus(replace(toy, frame=frame), tokenizer), load_prompts()
+    references = {prompt.id: blank + prompt.reference for prompt in asked.prompts}
+    assert {text.id: tokenizer.decode(text.completion_ids) for text in corpus.texts} == references
+    assert corpus.settings["completion_source"] == "reference"
+    assert corpus.problems() == []

@@ -1,13 +1,13 @@
-"""T-1 logit lens: accuracy, rank and entropy over depth. The paths of single tokens are in test_logit_lens_tokens.py.
+"""T-1 logit lens: accuracy, rank and entropy over depth.
+
+The paths of single tokens are in test_logit_lens_tokens.py, early exits in test_logit_lens_exits.py.
 
 Published claims read the published setting (bfloat16 logits, every tie in the target's favour); all
 others read the float32 head with mid-ranks wherever it was measured. Slot -1 is the embedding, slot l
 the residual stream after layer l; depth is (l + 1) / L.
 """
 
-import pytest
-
-from fixtures.claims import claim, not_applicable
+from fixtures.claims import claim
 from lab.statistics.ranks import spearman
 
 ORIGINAL = "qwen3-4b-instruct-2507"
@@ -77,7 +77,10 @@ def test_second_half_predicts_two_fifths(logit_lens):
 
 @claim("T-1.3b", "corrected")
 def test_second_half_predicts_a_good_part(logit_lens):
-    """In the second half of the layers the lens is right about 25 to 70 % of the tokens on average (pilots: 35 to 53 %)."""
+    """In the second half of the layers the lens is right about 25 to 70 % of the tokens on average.
+
+    Pilots: 35 to 53 %.
+    """
     assert 0.25 <= logit_lens.late(logit_lens.top1).mean() <= 0.7
 
 
@@ -346,7 +349,8 @@ def test_how_long_the_embedding_predicts_better_depends_on_the_metric(logit_lens
 @claim("T-1.15", "published", on=ORIGINAL)
 def test_layer_12_is_back_at_the_embedding(logit_lens):
     """The ranking is back at the embedding's level at layer 12 (by mean rank)."""
-    assert logit_lens.published_setting.recovery(logit_lens.published_setting.mean_rank, rising=False) == 12
+    lens = logit_lens.published_setting
+    assert lens.recovery(lens.mean_rank, rising=False) == 12
 
 
 @claim("T-1.15b", "control")
@@ -371,13 +375,13 @@ def test_the_embedding_carries_a_co_occurrence_signal(logit_lens):
 
 @claim("T-1.16b", "corrected")
 def test_a_tied_embedding_predicts_its_own_token(logit_lens):
-    """Read at the embedding, a model with tied embeddings predicts the input token, and is right where the text repeats it.
+    """Read at the embedding, a model with tied embeddings is right exactly where the text repeats the input token.
 
-    Hence slot -1 of such a model is no prediction. The gain of the final norm can turn the vector
-    away: in Gemma 3 270M accuracy is a quarter of the repeated targets' share.
+    It predicts the token that it was given, so slot -1 of such a model is no prediction. The gain of the
+    final norm can turn the vector away: in Gemma 3 270M accuracy is a quarter of the repeated share.
     """
     logit_lens.require_tied_embeddings()
-    assert logit_lens.top1.sel(slot=-1) == pytest.approx(logit_lens.repeat_share, abs=1e-6)
+    assert abs(logit_lens.top1.sel(slot=-1) - logit_lens.repeat_share) <= 1e-6
 
 
 @claim("T-1.17", "published", on=ORIGINAL)
@@ -397,79 +401,6 @@ def test_published_median_ranks(logit_lens):
 def test_the_median_token_enters_the_shortlist_late(logit_lens):
     """The median rank falls below 10 between half and 85 % of the depth (original 0.69; pilots 0.67 to 0.80)."""
     assert 0.5 <= logit_lens.depth_of(logit_lens.first_slot_below(logit_lens.median_rank, 10)) <= 0.85
-
-
-# ---- leaving early
-
-
-@claim("T-1.33", "published", on=ORIGINAL)
-def test_the_last_four_layers_gain_from_61_percent(logit_lens):
-    """Layers 32 to 35 lift accuracy from 61 % to 99.5 %."""
-    top1 = logit_lens.published_setting.top1
-    assert abs(top1.sel(slot=31) - 0.61) <= 0.005
-    assert abs(top1.sel(slot=35) - 0.995) <= 0.0005
-
-
-@claim("T-1.33b", "corrected")
-def test_the_last_ninth_gains_a_quarter(logit_lens):
-    """The last ninth of the depth gains at least 25 points of accuracy (pilots: 33 to 57)."""
-    assert logit_lens.gain_within(8 / 9, 1) >= 0.25
-
-
-@claim("T-1.34", "published", on=ORIGINAL)
-def test_leaving_before_layer_32_loses_nearly_forty_percent(logit_lens):
-    """Leaving before layer 32 loses nearly 40 % of the accuracy, read as 35 to 42 %."""
-    top1 = logit_lens.published_setting.top1
-    assert 0.35 <= 1 - top1.sel(slot=31) / top1.sel(slot=35) <= 0.42
-
-
-@claim("T-1.34b", "corrected")
-def test_leaving_at_eight_ninths_loses_a_quarter(logit_lens):
-    """Leaving at 8/9 of the depth loses at least 25 % of the accuracy (pilots: 33 to 57 %).
-
-    The most general claim of this experiment.
-    """
-    top1 = logit_lens.top1
-    assert 1 - top1.sel(slot=logit_lens.slot_at(8 / 9)) / top1.sel(slot=logit_lens.last) >= 0.25
-
-
-@claim("T-1.35", "published", on=ORIGINAL)
-def test_a_confidence_based_exit_at_layer_32_is_right_71_percent(logit_lens):
-    """A confidence-based exit at layer 32 would get 71 % right.
-
-    The figure is that of a fixed exit for all tokens; no rule of confidence was measured.
-    """
-    assert abs(logit_lens.published_setting.top1.sel(slot=32) - 0.71) <= 0.005
-
-
-@claim("T-1.35b", "hypothesis")
-def test_confident_exits_are_right(logit_lens):
-    """Tokens that leave at 11/12 of the depth because their lens is more than 90 % sure are right 9 times of 10."""
-    accuracy = logit_lens.variable("confident_accuracy").sel(slot=logit_lens.slot_at(11 / 12))
-    if logit_lens.variable("confident_fraction").sel(slot=logit_lens.slot_at(11 / 12)) == 0:
-        not_applicable("no token is that sure at 11/12 of the depth")
-    assert accuracy >= 0.9
-
-
-@claim("T-1.35c", "hypothesis")
-def test_confident_exits_are_worth_while(logit_lens):
-    """At 11/12 of the depth the lens is more than 90 % sure of at least a quarter of the tokens."""
-    assert logit_lens.variable("confident_fraction").sel(slot=logit_lens.slot_at(11 / 12)) >= 0.25
-
-
-@claim("T-1.36", "published", on=ORIGINAL)
-def test_layer_29_could_draft(logit_lens):
-    """Predictions at layer 29 could serve as drafts: 47.5 % are right, read as at least 45 %.
-
-    The number only; nothing was drafted.
-    """
-    assert logit_lens.published_setting.top1.sel(slot=29) >= 0.45
-
-
-@claim("T-1.36b", "corrected")
-def test_five_sixths_of_the_depth_could_draft(logit_lens):
-    """At 5/6 of the depth the lens is right about at least 30 % of the tokens (pilots: 39 to 64 %)."""
-    assert logit_lens.top1.sel(slot=logit_lens.slot_at(5 / 6)) >= 0.3
 
 
 # ---- do neighbouring layers do the same?

@@ -210,7 +210,11 @@ def test_reasoning_crystallizes_later(logit_lens):
 
 @claim("T-1.40", "hypothesis")
 def test_late_crystallization_is_uncertainty(logit_lens):
-    """Tokens that crystallize late are those the model is unsure of: rank correlation with final surprisal of at least 0.5."""
+    """Tokens that crystallize late are those that the model is unsure of.
+
+    Rank correlation of crystallization and final surprisal of at least 0.5; then token classes must be
+    compared at equal surprisal (T-1.40b).
+    """
     assert logit_lens.variable("crystallization_surprisal_correlation") >= 0.5
 
 
@@ -234,7 +238,7 @@ def test_published_ranking_of_hurt(logit_lens):
 
 @claim("T-1.28", "published", on=ORIGINAL)
 def test_published_profile_of_hurt(logit_lens):
-    """Layers 1 to 9 hurt less than 2 % of the tokens, 11 to 21 2 to 13 %, 24 to 28 13 to 18 %, and from 32 on below 5 %.
+    """Layers 1 to 9 hurt below 2 % of the tokens, 11 to 21 2 to 13 %, 24 to 28 13 to 18 %, those from 32 on below 5 %.
 
     In whole percents.
     """

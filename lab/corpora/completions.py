@@ -48,10 +48,8 @@ def complete(
     Raises:
         UserError: no environment for the generator, a generator that fails, an impossible setting.
     """
-    from transformers import AutoTokenizer
-
     tell = report or (lambda line: None)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = _tokenizer(folder)
     prompt_set = prompts.load_prompts()
     rendered = [render(tokenizer, facts.frame, prompt_set.system_message, prompt.text) for prompt in prompt_set.prompts]
     ends = end_ids(folder, tokenizer)
@@ -106,6 +104,17 @@ def summary(completions: Sequence[Completion]) -> list[str]:
     flagged = [entry for entry in completions if entry.flags]
     lines = [f"  {entry.id}: {', '.join(entry.flags)} | {' '.join(entry.completion.split())[:60]}" for entry in flagged]
     return [*lines, f"{len(fit)} of {len(completions)} completions are fit: {novel} novel tokens of {tokens}"]
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"there is no tokenizer.json in {folder}; save the model's fast tokenizer beside it")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the tokenizer in {folder}: {str(error).splitlines()[0]}") from error
 
 
 def _completion(prompt: Prompt, rendering: Rendering, answer: Answer, tokenizer: Any, frame: str) -> Completion:

@@ -88,18 +88,27 @@ def _interpreter(generator: str) -> Path:
 
 
 def _exchange(interpreter: Path, program: Path, request: dict[str, Any], log: Path) -> Fields:
+    with tempfile.TemporaryDirectory() as scratch:
+        question, answer = Path(scratch, "request.json"), Path(scratch, "response.json")
+        question.write_text(json.dumps(request), encoding="utf-8")
+        try:
+            code = _run([interpreter, program, question, answer], scratch, log)
+        except OSError as error:
+            raise UserError(f"cannot run the generator: {error}") from error
+        if code or not answer.exists():
+            raise UserError(f"the generator {program.stem} failed with code {code}; its last words are in {log}")
+        return Fields(files.read_json(answer, "generator's response"), "generator's response")
+
+
+def _run(command: Sequence[Path], folder: str, log: Path) -> int:
+    """Run a program in a folder, keep what it says, and return its exit code."""
     log.parent.mkdir(parents=True, exist_ok=True)
     # our own import path has no business in the generator's environment
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    with tempfile.TemporaryDirectory() as scratch, open(log, "w", encoding="utf-8") as words:
-        question, answer = Path(scratch, "request.json"), Path(scratch, "response.json")
-        question.write_text(json.dumps(request), encoding="utf-8")
-        command = [str(part) for part in (interpreter, program, question, answer)]
-        ended = subprocess.run(command, stdout=words, stderr=words, cwd=scratch, env=environment, check=False)
-        if ended.returncode or not answer.exists():
-            failure = f"the generator {program.stem} failed with code {ended.returncode}"
-            raise UserError(f"{failure}; its last words are in {log}")
-        return Fields(files.read_json(answer, "generator's response"), "generator's response")
+    arguments = [str(part) for part in command]
+    with open(log, "w", encoding="utf-8") as words:
+        ended = subprocess.run(arguments, stdout=words, stderr=words, cwd=folder, env=environment, check=False)
+    return ended.returncode
 
 
 def _answers(response: Fields, end_ids: Sequence[int], expected: int) -> tuple[Answer, ...]:

@@ -57,7 +57,7 @@ def render(tokenizer: Any, frame: str, system_message: str, user_text: str) -> R
     else:
         text = _chat(tokenizer, system_message, user_text)
         # found by a stand-in: the words themselves may occur elsewhere, in the system message or a marker
-        begin = _chat(tokenizer, system_message, _STAND_IN).find(_STAND_IN)
+        begin = _chat(tokenizer, system_message, _STAND_IN).rfind(_STAND_IN)
     encoding = tokenizer(text, add_special_tokens=frame == "plain", return_offsets_mapping=True)
     ids = tuple(encoding["input_ids"])
     if tokenizer.bos_token_id is not None and ids[:2] == (tokenizer.bos_token_id,) * 2:
@@ -102,22 +102,20 @@ def _chat(tokenizer: Any, system_message: str, user_text: str) -> str:
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer {_name(tokenizer)} has no chat template; add chat_template.jinja to its folder")
     turns = [{"role": "system", "content": system_message}, {"role": "user", "content": user_text}]
-    if _takes_system_role(tokenizer):
-        text = _templated(tokenizer, turns)
-        if system_message.strip() in text:
-            return text
-    return _templated(tokenizer, [{"role": "user", "content": f"{system_message}\n\n{user_text}"}])
+    if not _takes_system_role(tokenizer):
+        turns = [{"role": "user", "content": f"{system_message}\n\n{user_text}"}]
+    return _templated(tokenizer, turns)
 
 
 def _takes_system_role(tokenizer: Any) -> bool:
+    """Whether the template renders a system turn; Gemma's refuses it, others leave it out without a word."""
     from jinja2 import TemplateError
 
-    probe = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    probe = [{"role": "system", "content": _STAND_IN}, {"role": "user", "content": "u"}]
     try:
-        _templated(tokenizer, probe)
+        return _STAND_IN in _templated(tokenizer, probe)
     except TemplateError:
-        return False  # Gemma's template raises this to say so
-    return True
+        return False
 
 
 def _templated(tokenizer: Any, turns: list[dict[str, str]]) -> str:

@@ -9,8 +9,7 @@ TOKEN_TYPES = ("content_word", "function_word", "punctuation", "number", "other"
 
 _ARTICLES = "a an the"
 _AUXILIARIES = (
-    "is are was were be been being have has had do does did "
-    "will would could should may might shall can need dare ought"
+    "is are was were be been being have has had do does did will would could should may might shall can need dare ought"
 )
 _PREPOSITIONS = "to of in for on with at by from as into through during before after above below between under"
 _CONJUNCTIONS = "and but or nor so yet because if when while than not no"
@@ -18,7 +17,9 @@ _DETERMINERS = "both either neither each every all any few more most other some 
 _PRONOUNS = "that which who whom this these those it its he she they them his her their my your"
 
 #: The 96 words of the published classification; I, we, you, what, how, then, about are missing and count as content.
-FUNCTION_WORDS = frozenset(" ".join((_ARTICLES, _AUXILIARIES, _PREPOSITIONS, _CONJUNCTIONS, _DETERMINERS, _PRONOUNS)).split())
+FUNCTION_WORDS = frozenset(
+    " ".join((_ARTICLES, _AUXILIARIES, _PREPOSITIONS, _CONJUNCTIONS, _DETERMINERS, _PRONOUNS)).split()
+)
 
 # The published rule leaves the underscore out, so that names in code count as words.
 _PUNCTUATION = frozenset(string.punctuation) - {"_"}

@@ -43,6 +43,7 @@ class Experiment:
         measure: `(subject, corpus, budget, sweep) -> Dataset`; every variable has a `unit` and a `description`.
         budgets: settings per budget name (`quick`, `full`); plain dataclasses, part of the store's key.
         tolerances: per variable of the summary; `""` is the default.
+        data: files besides the corpus that `measure` reads; part of the store's key.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Experiment:
     measure: Measure
     budgets: Mapping[str, Any]
     tolerances: Mapping[str, Tolerance]
+    data: tuple[Path, ...] = ()
 
     def tolerance(self, variable: str) -> Tolerance:
         """The tolerance of a variable."""

@@ -29,12 +29,12 @@ class Readings:
     """What the lens says at S depths about n positions; each [S, n], float32.
 
     Attributes:
-        greater: entries with a logit strictly greater than the target's: the rank with every tie in the target's favour.
+        greater: entries with a logit strictly greater than the target's; the rank with ties in the target's favour.
         ties: other entries with the very logit of the target.
         target_log_probability: ln p(target), nat.
         entropy: -sum p ln p, nat. (The published eps of 1e-10 inside the logarithm moves it by less than 3e-5.)
         top_probability: largest entry of p.
-        kl: KL(p at the last depth || p), nat.
+        kl: KL(p at the last depth || p), nat; NaN if no divergences are read.
         step_kl: KL(p || p one depth before), nat; NaN at the first depth.
     """
 
@@ -100,10 +100,12 @@ class Lens:
     Args:
         decoder: the subject's decoder.
         dtype: precision of norm and product, see `LensHead`; probabilities are float32 in either case.
+        divergences: whether to read those.
     """
 
-    def __init__(self, decoder: Decoder, dtype: torch.dtype = torch.float32):
+    def __init__(self, decoder: Decoder, dtype: torch.dtype = torch.float32, *, divergences: bool = True):
         self.head = LensHead(decoder, dtype)
+        self.divergences = divergences
         on_cpu = decoder.device.type == "cpu"
         row_bytes = 4 * self.head.vocabulary
         self.chunk_rows = max(1, (CHUNK_BYTES if on_cpu else ACCELERATOR_CHUNK_BYTES) // row_bytes)
@@ -117,7 +119,8 @@ class Lens:
             states: [S, n, d], from the first depth to the last, before the final norm.
             targets: token ids [n] that follow.
         """
-        readings = Readings(*(states.new_full(states.shape[:2], torch.nan, dtype=torch.float32) for _ in fields(Readings)))
+        unread = states.new_full(states.shape[:2], torch.nan, dtype=torch.float32)
+        readings = Readings(*(unread.clone() for _ in fields(Readings)))
         rows = min(self.chunk_rows, states.shape[1])
         # Probabilities are kept per row of the chunk: at the last depth, at the depth above, and at this one.
         logits, final, above, here = (torch.empty(rows, self.head.vocabulary, device=states.device) for _ in range(4))
@@ -129,14 +132,16 @@ class Lens:
                     block = slice(first, min(first + self.block_rows, chunk.stop))
                     inside = slice(first - start, block.stop - start)
                     memory = _Memory(logits[inside], final[inside], above[inside], here[inside])
-                    _read_block(readings, depth, block, targets[block], memory)
+                    log_sum = _read_block(readings, depth, block, targets[block], memory)
+                    if self.divergences:
+                        _read_divergences(readings, depth, block, log_sum, memory)
                 above, here = here, above
         return readings
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """Buffers [r, V] of one block: this depth's logits, and the probabilities of the last depth, the depth above, this one."""
+    """Buffers [r, V] of one block: logits of this depth; probabilities at the last depth, the depth above, this one."""
 
     logits: Tensor
     final: Tensor
@@ -144,8 +149,12 @@ class _Memory:
     here: Tensor
 
 
-def _read_block(readings: Readings, depth: int, block: slice, targets: Tensor, memory: _Memory) -> None:
-    """Reduce the logits of one depth to readings of r positions; leaves the probabilities in `memory.here`."""
+def _read_block(readings: Readings, depth: int, block: slice, targets: Tensor, memory: _Memory) -> Tensor:
+    """Reduce the logits of one depth to readings of r positions.
+
+    Leaves the probabilities in `memory.here`, and in `memory.logits` the logits less the largest one;
+    returns ln sum exp of those [r].
+    """
     z, p = memory.logits, memory.here
     target = z.gather(1, targets[:, None])
     # p is free until softmax fills it. Comparisons are written as float32, which sums five times faster than bool
@@ -159,15 +168,19 @@ def _read_block(readings: Readings, depth: int, block: slice, targets: Tensor, m
     torch.softmax(z, dim=1, out=p)
     top = p.amax(1)
     log_sum = -top.log()
-    is_last = depth == len(readings.kl) - 1
-    if is_last:
-        memory.final.copy_(p)
-    entropy = log_sum - torch.linalg.vecdot(p, z)
     readings.top_probability[depth, block] = top
     readings.target_log_probability[depth, block] = (target - largest)[:, 0] - log_sum
-    readings.entropy[depth, block] = entropy
-    cross = log_sum - torch.linalg.vecdot(memory.final, z)
-    readings.kl[depth, block] = (cross - readings.entropy[-1, block]).clamp(min=0)
-    if not is_last:
-        cross = log_sum - torch.linalg.vecdot(memory.above, z)
+    readings.entropy[depth, block] = log_sum - torch.linalg.vecdot(p, z)
+    return log_sum
+
+
+def _read_divergences(readings: Readings, depth: int, block: slice, log_sum: Tensor, memory: _Memory) -> None:
+    """KL(q || p) = cross entropy of q and p - entropy of q, for q the last depth's distribution and the one above."""
+    last = len(readings.kl) - 1
+    if depth == last:
+        memory.final.copy_(memory.here)
+    else:
+        cross = log_sum - torch.linalg.vecdot(memory.above, memory.logits)
         readings.step_kl[depth + 1, block] = (cross - readings.entropy[depth + 1, block]).clamp(min=0)
+    cross = log_sum - torch.linalg.vecdot(memory.final, memory.logits)
+    readings.kl[depth, block] = (cross - readings.entropy[last, block]).clamp(min=0)

@@ -25,11 +25,11 @@ class LensReader:
             keep_freed_memory()
         self.executor = Executor(decoder)
         self.sound = Lens(decoder, torch.float32)
-        self.published = Lens(decoder, torch.bfloat16)
+        self.published = Lens(decoder, torch.bfloat16, divergences=False)
 
     @torch.no_grad()
     def __call__(self, batch: TokenBatch) -> Arrays:
-        """Readings [L + 1, n], updates [L, n], and of each token the index of its text, its target id, and whether it repeats."""
+        """Readings [L + 1, n], similarity of updates [L, n]; per token [n] its text, target and whether it repeats."""
         scored = batch.scored
         states = torch.stack([state[scored.row, scored.position] for _, state in self.executor.trace(batch)])
         sound, published = self.sound.read(states, scored.target), self.published.read(states, scored.target)
@@ -54,7 +54,7 @@ class LensReader:
 
 
 def update_similarity(states: Tensor) -> Tensor:
-    """Cosine of each layer's update with the update of the layer before [L, n], of states [L + 1, n, d]; NaN at layer 0."""
+    """Cosine of each layer's update with that of the layer before [L, n], from states [L + 1, n, d]; NaN at layer 0."""
     similarity = torch.full((len(states) - 1, states.shape[1]), np.nan, device=states.device)
     before = states[1].float() - states[0].float()
     for layer in range(1, len(states) - 1):

@@ -71,13 +71,13 @@ def load(facts: Facts, dtype: str = "bfloat16", device: str = "cpu") -> LoadedSu
 def require_finite(model: torch.nn.Module, name: str) -> None:
     """Raise UserError, naming the tensor, if a weight is NaN or infinite.
 
-    A sum is not finite if one of its terms is not, and it needs no second copy of the weights.
+    The extremes of a tensor are finite only if all of it is (NaN spreads to both), and finding them
+    takes one pass and no second copy of the weights.
     """
     for tensor, parameter in model.named_parameters():
-        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
+        if parameter.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(parameter.detach())):
             bad = int((~torch.isfinite(parameter)).sum())
-            if bad:
-                raise UserError(f"{name}: {bad} entries of {tensor} are NaN or infinite; fetch or save the model again")
+            raise UserError(f"{name}: {bad} entries of {tensor} are NaN or infinite; fetch or save the model again")
 
 
 def _device(name: str) -> torch.device:

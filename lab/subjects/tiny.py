@@ -6,10 +6,18 @@ wrong rotary embedding shows in the logits.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from lab.subjects.facts import Facts, Local
+
+if TYPE_CHECKING:
+    from lab.corpora.corpus import Corpus
+    from lab.subjects.loading import LoadedSubject
 
 VOCABULARY = 89
 LAYERS = 5
@@ -66,3 +74,43 @@ def tiny(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
         else:
             parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model.requires_grad_(False)
+
+
+def loaded(model: Any, name: str = "tiny") -> LoadedSubject:
+    """A tiny model as a loaded subject, without tokenizer or files."""
+    from lab.subjects.anatomy import Decoder
+    from lab.subjects.loading import LoadedSubject
+
+    decoder = Decoder(model)
+    config = decoder.config
+    facts = Facts(
+        name=name,
+        architecture=config.model_type,
+        layers=decoder.n_layers,
+        width=decoder.width,
+        heads=config.num_attention_heads,
+        kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
+        head_dim=getattr(config, "head_dim", None) or decoder.width // config.num_attention_heads,
+        mlp_width=getattr(config, "intermediate_size", 4 * decoder.width),
+        vocabulary=decoder.vocabulary,
+        tied=bool(config.tie_word_embeddings),
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        licence="none",
+        size_bytes=sum(weight.nbytes for weight in model.parameters()),
+        frame="plain",
+        device="cpu",
+        source=Local(Path()),
+    )
+    return LoadedSubject(facts, model, None, decoder, name, decoder.dtype, decoder.device)
+
+
+def random_corpus(lengths: Sequence[tuple[int, int]] = ((7, 5), (4, 9), (9, 3)), seed: int = 0) -> Corpus:
+    """Texts of random tokens with so many prompt and completion tokens; the user's words begin at token 2."""
+    from lab.corpora.corpus import Corpus, Text
+
+    generator = torch.Generator().manual_seed(seed)
+    texts = []
+    for index, (prompt, completion) in enumerate(lengths):
+        ids = tuple(torch.randint(VOCABULARY, (prompt + completion,), generator=generator).tolist())
+        texts.append(Text(f"p{index}", "random", ids[:prompt], ids[prompt:], (2, prompt), (True,) * completion))
+    return Corpus("tiny", tuple(texts), None, {}, {}, ("random",))

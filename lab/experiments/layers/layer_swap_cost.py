@@ -16,10 +16,10 @@ such pairs rule arithmetic means: claims prefer ranks and medians.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,8 +43,8 @@ Pair = tuple[int, int]
 class LayerSwapCost(Record):
     """Losses with two layers exchanged, and what claims derive from them.
 
-    Dimensions: `layer` and `layer_other` (the exchanged layers), `moved_layer` and `slot` (a layer
-    and where it is put), `prompt`.
+    Dimensions: `layer` and `layer_other` (the exchanged layers), `neighbour` (a layer exchanged with
+    the next), `moved_layer` and `slot` (a layer and where it is put), `prompt`.
     """
 
     @cached_property
@@ -78,9 +78,9 @@ class LayerSwapCost(Record):
         return self.context_cost / self.mean("context_baseline_loss")
 
     @cached_property
-    def top1_agreement(self) -> xr.DataArray:
-        """Share of scored positions that keep their top token [layer, layer_other]."""
-        return self.mean("swap_top1_agreement")
+    def neighbour_agreement(self) -> xr.DataArray:
+        """Share of scored positions that keep their top token when a layer and the next exchange places [neighbour]."""
+        return self.mean("neighbour_top1_agreement")
 
     @property
     def n_layers(self) -> int:
@@ -136,7 +136,7 @@ class LayerSwapCost(Record):
     @property
     def neighbours(self) -> list[Pair]:
         """The L-1 pairs of neighbouring layers, from the first on."""
-        return [(i, i + 1) for i in range(self.n_layers - 1)]
+        return neighbours(self.n_layers)
 
     @staticmethod
     def at(matrix: xr.DataArray, pairs: Sequence[Pair]) -> np.ndarray:
@@ -237,6 +237,11 @@ def all_pairs(n_layers: int) -> list[Pair]:
     return list(combinations(range(n_layers), 2))
 
 
+def neighbours(n_layers: int) -> list[Pair]:
+    """The pairs (i, i + 1), from the first layer on."""
+    return list(pairwise(range(n_layers)))
+
+
 # ---- measuring
 
 
@@ -249,7 +254,7 @@ class Budget:
         tokens: completion tokens scored per prompt, from the start of the completion; None is all.
         context_stride: of template and prompt, every `context_stride`-th token is scored.
         move_layers: layers that are moved, and slots they are moved to, spread evenly; None is all.
-        swap_groups: parts of the swap sweep; a killed run repeats one of them at most.
+        swap_groups: parts of the sweep over distant pairs; a killed run repeats one of them at most.
         head_dtype: precision of the vocabulary projection; log-softmax is float32 in either case.
         batch_tokens: padded tokens per batch.
     """
@@ -283,7 +288,7 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     described = "kind of attention, numbered as in the settings (attention_kinds)"
     variables["attention_kind"] = variable("layer", [names.index(kind) for kind in kinds], "1", described)
     layers = np.arange(subject.decoder.n_layers)
-    coords = {"layer": layers, "layer_other": layers, "moved_layer": moved, "slot": moved}
+    coords = {"layer": layers, "layer_other": layers, "neighbour": layers[:-1], "moved_layer": moved, "slot": moved}
     prompts = {"prompt_id": ("prompt", list(texts.prompts))}
     settings = {"vocabulary": subject.facts.vocabulary, "attention_kinds": names}
     return xr.Dataset(variables, coords | prompts, {"settings": json.dumps(settings)})
@@ -321,32 +326,53 @@ def attention_kinds(subject: LoadedSubject) -> list[str]:
 
 
 def _swap_variables(losses: ProgramLosses, texts: Sample, groups: int) -> Variables:
-    from lab.residual.programs import identity, swap
-
     n = losses.executor.decoder.n_layers
-    found: dict[str, np.ndarray] = {}
-    pairs = np.array(all_pairs(n))
-    for part in np.array_split(pairs, min(groups, len(pairs))):
-        programs = {"the intact model": identity(n)}
-        programs |= {f"layers {i} and {j} exchanged": swap(n, i, j) for i, j in part.tolist()}
-        what = f"swaps {tuple(part[0].tolist())} to {tuple(part[-1].tolist())}"
-        for name, values in losses(what, texts, programs, compare=True, user_words=True).items():
-            matrix = found.setdefault(name, np.repeat(values[:1, None], n, axis=0).repeat(n, axis=1))
-            matrix[part[:, 0], part[:, 1]] = matrix[part[:, 1], part[:, 0]] = values[1:]
-    dims, context = ("layer", "layer_other", "prompt"), {"weights": "context_tokens"}
-    intact, intact_context = found["loss"][0, 0], found["user_loss"][0, 0]
-    rise, context_rise = found["loss"] - intact, found["user_loss"] - intact_context
-    on_context = "on template and prompt tokens"
+    # Neighbours alone are compared with the intact model token by token: that costs as much as the head itself.
+    near = _exchanged(losses, texts, neighbours(n), compare=True)
+    apart = [pair for pair in all_pairs(n) if pair[1] - pair[0] > 1]
+    size = max(1, -(-len(apart) // groups))
+    parts = [apart[start : start + size] for start in range(0, len(apart), size)]
+    found = [(neighbours(n), near), *((part, _exchanged(losses, texts, part)) for part in parts)]
+    rise, context_rise = (_rise(n, found, name) for name in ("loss", "user_loss"))
+    intact, intact_context = near["loss"][0], near["user_loss"][0]
+    dims, context, beside = ("layer", "layer_other", "prompt"), {"weights": "context_tokens"}, ("neighbour", "prompt")
     return {
         "scored_tokens": variable("prompt", texts.scored_tokens, "token", "scored completion tokens"),
         "context_tokens": variable("prompt", texts.user_tokens, "token", "scored tokens of template and prompt"),
         "baseline_loss": variable("prompt", intact, "nat/token", "loss of the intact model"),
-        "context_baseline_loss": variable("prompt", intact_context, "nat/token", f"intact, {on_context}", **context),
+        "context_baseline_loss": variable(
+            "prompt", intact_context, "nat/token", "intact loss on template and prompt", **context
+        ),
         "swap_loss_delta": variable(dims, rise, "nat/token", "loss with the two layers exchanged minus intact"),
-        "swap_kl": variable(dims, found["kl"], "nat", "KL(intact || two layers exchanged)"),
-        "swap_top1_agreement": variable(dims, found["agreement"], "1", "share of positions that keep their top token"),
-        "context_swap_loss_delta": variable(dims, context_rise, "nat/token", f"the same {on_context}", **context),
+        "context_swap_loss_delta": variable(
+            dims, context_rise, "nat/token", "the same on template and prompt tokens", **context
+        ),
+        "neighbour_kl": variable(beside, near["kl"][1:], "nat", "KL(intact || layer and next exchanged)"),
+        "neighbour_top1_agreement": variable(
+            beside, near["agreement"][1:], "1", "share of positions that keep their top token, layer and next exchanged"
+        ),
     }
+
+
+def _exchanged(
+    losses: ProgramLosses, texts: Sample, pairs: Sequence[Pair], *, compare: bool = False
+) -> dict[str, np.ndarray]:
+    """Losses of the intact model, then with each of these pairs exchanged [1 + pair, prompt]."""
+    from lab.residual.programs import identity, swap
+
+    n = losses.executor.decoder.n_layers
+    programs = {"the intact model": identity(n)}
+    programs |= {f"layers {i} and {j} exchanged": swap(n, i, j) for i, j in pairs}
+    return losses(f"swaps {pairs[0]} to {pairs[-1]}", texts, programs, compare=compare, user_words=True)
+
+
+def _rise(n: int, found: Sequence[tuple[Sequence[Pair], Mapping[str, np.ndarray]]], name: str) -> np.ndarray:
+    """Losses of `_exchanged` minus intact as a symmetric matrix [layer, layer_other, prompt]."""
+    matrix = np.zeros((n, n, found[0][1][name].shape[1]))
+    for pairs, losses in found:
+        first, second = (list(layers) for layers in zip(*pairs, strict=True))
+        matrix[first, second] = matrix[second, first] = losses[name][1:] - losses[name][0]
+    return matrix
 
 
 def _move_variables(losses: ProgramLosses, texts: Sample, layers: Sequence[int]) -> Variables:
@@ -385,7 +411,7 @@ EXPERIMENT = Experiment(
     record=LayerSwapCost,
     measure=measure,
     budgets={
-        "quick": Budget(prompts=7, tokens=24, context_stride=3, move_layers=8, swap_groups=6),
+        "quick": Budget(prompts=7, tokens=16, context_stride=6, move_layers=6, swap_groups=4, batch_tokens=256),
         "full": FULL,
     },
     tolerances={"": LOSS},

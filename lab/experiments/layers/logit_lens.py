@@ -13,6 +13,7 @@ and bfloat16 logits with every tie resolved in favour of the target, as publishe
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
@@ -48,25 +49,33 @@ class LogitLens(Record):
 
     TOKEN_TYPES = TOKEN_TYPES
 
+    def __init__(self, data: xr.Dataset, prompts: np.ndarray | None = None):
+        """Wrap a record.
+
+        Args:
+            data: readings of tokens, or figures.
+            prompts: drawn prompts of a bootstrap resample; None is every prompt once.
+        """
+        super().__init__(data)
+        self._prompts = prompts
+
     @cached_property
     def figures(self) -> xr.Dataset:
         """Profiles over depth, without tokens; for a measured record computed from its tokens."""
-        return lens_figures(self.data) if "token" in self.data.dims else self.data
+        if "token" not in self.data.dims:
+            return self.data
+        return lens_figures(self.data, self._prompts).assign_attrs(self.data.attrs)
 
     @cached_property
     def published_setting(self) -> Self:
-        """The same quantities from bfloat16 logits with ties in favour of the target; published figures are that already."""
-        names = {
-            str(name): str(name).removeprefix(PUBLISHED_SETTING)
-            for name in self.figures
-            if str(name).startswith(PUBLISHED_SETTING)
-        }
-        if not names:
+        """The same quantities from bfloat16 logits with ties in favour of the target.
+
+        Published figures are that already.
+        """
+        own = [str(name) for name in self.figures if str(name).startswith(PUBLISHED_SETTING)]
+        if not own:
             return self
-        shared = [
-            name for name in ("token_type_count", "repeated_target_count", "scored_token_count") if name in self.figures
-        ]
-        return type(self)(self.figures[[*names, *shared]].rename(names).assign_attrs(self.data.attrs))
+        return type(self)(self.figures[own].rename({name: name.removeprefix(PUBLISHED_SETTING) for name in own}))
 
     def require_both_settings(self) -> None:
         """Raise NotApplicable unless float32 and bfloat16 logits were read side by side."""
@@ -95,10 +104,10 @@ class LogitLens(Record):
         """All figures of both settings: the numbers that a snapshot holds."""
         return self.figures
 
-    def _resampled(self, generator: np.random.Generator) -> Self:
-        # Figures only: five hundred copies of all tokens would fill the memory.
-        prompts = generator.integers(self.data.sizes["prompt"], size=self.data.sizes["prompt"])
-        return type(self)(lens_figures(self.data, prompts).assign_attrs(self.data.attrs))
+    def _resampled(self, generators: Mapping[str, np.random.Generator]) -> Self:
+        # The tokens are shared: five hundred copies of them would fill the memory.
+        size = self.data.sizes["prompt"]
+        return type(self)(self.data, generators["prompt"].integers(size, size=size))
 
     # ---- depth
 
@@ -116,7 +125,8 @@ class LogitLens(Record):
     def depth(self) -> xr.DataArray:
         """Relative depth of each slot [slot]: embedding 0, last layer 1."""
         slots = self.top1.slot
-        return (slots - EMBEDDING) / self.n_layers
+        depth: xr.DataArray = (slots - EMBEDDING) / self.n_layers
+        return depth
 
     def depth_of(self, layer: float | xr.DataArray) -> float:
         """Relative depth of a (mean) slot label."""
@@ -126,17 +136,6 @@ class LogitLens(Record):
         """Last slot that is not deeper than a relative depth."""
         return int(np.floor(depth * self.n_layers + SAME_DEPTH)) + EMBEDDING
 
-    def within(self, quantity: xr.DataArray, above: float, up_to: float) -> xr.DataArray:
-        """The part of a profile [slot or layer] at depths above < z <= up_to.
-
-        Raises:
-            NotApplicable: the model has no layer at these depths.
-        """
-        first, last = self.slot_at(above) + 1, self.slot_at(up_to)
-        if first > last:
-            raise NotApplicable(f"{self.subject} has no layer at depths {above:.2f} to {up_to:.2f}")
-        return quantity.sel({str(quantity.dims[0]): slice(first, last)})
-
     def gain_within(self, above: float, up_to: float) -> float:
         """Top-1 accuracy gained between two depths."""
         return float(self.top1.sel(slot=self.slot_at(up_to)) - self.top1.sel(slot=self.slot_at(above)))
@@ -144,10 +143,8 @@ class LogitLens(Record):
     def require_depth(self, layer: int, above: float, up_to: float) -> None:
         """Raise NotApplicable unless the layer lies at depths above < z <= up_to."""
         if not self.slot_at(above) < layer <= self.slot_at(up_to):
-            depth = self.depth_of(layer)
-            raise NotApplicable(
-                f"layer {layer} lies at depth {depth:.2f}, the claim speaks of {above:.2f} to {up_to:.2f}"
-            )
+            # The layer stays unnamed, so that pytest lists all layers outside in one line.
+            raise NotApplicable(f"the claim speaks of layers at depths {above:.2f} to {up_to:.2f}")
 
     def early(self, quantity: xr.DataArray) -> xr.DataArray:
         """The layers of the first half of a profile [slot], l < L/2, without the embedding."""
@@ -281,7 +278,7 @@ class LogitLens(Record):
         count = int(self.variable("token_type_count").sel(token_type=token_type))
         if count < at_least:
             raise NotApplicable(
-                f"{count} tokens of class {token_type} in the {self.source} record of {self.subject}; {at_least} are needed"
+                f"the {self.source} record of {self.subject} holds {count} of {at_least} tokens of class {token_type}"
             )
 
     def settled_slot(self, token_type: str) -> int:
@@ -339,9 +336,8 @@ def _sample(corpus: Corpus, budget: Budget) -> tuple[list[Text], list[TokenText]
     pairs = [(text, token_text(text, max_tokens=budget.tokens, stride=budget.stride)) for text in chosen.texts]
     kept = [(text, scored) for text, scored in pairs if scored.targets]
     if not kept:
-        raise UserError(
-            f"the corpus of {corpus.subject} has no scored token; make it again with python -m lab complete {corpus.subject}"
-        )
+        remedy = f"make it again with python -m lab complete {corpus.subject}"
+        raise UserError(f"the corpus of {corpus.subject} has no scored token; {remedy}")
     return [text for text, _ in kept], [scored for _, scored in kept]
 
 
@@ -357,21 +353,14 @@ def _require_finite(readings: Arrays, texts: list[Text]) -> None:
 
 
 def _dataset(subject: LoadedSubject, texts: list[Text], scored: list[TokenText], readings: Arrays) -> xr.Dataset:
-    codes = {
-        id: TOKEN_TYPES.index(token_type(subject.tokenizer.decode([id])))
-        for id in np.unique(readings["target"]).tolist()
-    }
-    variables = {
-        name: variable(dims, readings[name], unit, description) for name, (dims, unit, description) in READINGS.items()
-    }
+    classes = {id: token_type(subject.tokenizer.decode([id])) for id in np.unique(readings["target"]).tolist()}
+    codes = np.array([TOKEN_TYPES.index(classes[id]) for id in readings["target"].tolist()], np.int8)
+    counts = [len(text.targets) for text in scored]
+    variables = {name: variable(dims, readings[name], unit, says) for name, (dims, unit, says) in READINGS.items()}
     variables |= {
-        "token_type": variable(
-            "token", np.array([codes[id] for id in readings["target"].tolist()], np.int8), "1", "class of the target"
-        ),
+        "token_type": variable("token", codes, "1", "class of the target, index into the token types"),
         "token_prompt": variable("token", readings["text"].astype(np.int32), "1", "index of the token's prompt"),
-        "scored_tokens": variable(
-            "prompt", [len(text.targets) for text in scored], "token", "tokens read, in the order of the prompts"
-        ),
+        "scored_tokens": variable("prompt", counts, "token", "tokens read of the prompt"),
     }
     coords = {
         "slot": np.arange(subject.decoder.n_layers + 1) + EMBEDDING,
@@ -388,7 +377,7 @@ READINGS = {
     "rank": (
         ("slot", "token"),
         "rank",
-        "entries with a greater float32 logit than the target's, plus half of the ties",
+        "entries of greater float32 logit than the target, plus half of the ties",
     ),
     "target_log_probability": (("slot", "token"), "nat", "log-probability of the target, float32 head"),
     "entropy": (("slot", "token"), "nat", "entropy of the lens distribution, float32 head"),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterable
 
 import numpy as np
+import torch
 import xarray as xr
 from torch import Tensor
 
@@ -77,7 +78,7 @@ def _residual_variables(subject: LoadedSubject, executor: Executor, texts: Sampl
     for batch in token_batches(texts.texts, batch_tokens):
         batch = batch.to(subject.device)
         at = (batch.scored.row, batch.scored.position)
-        real = (batch.lengths[:, None] > np.arange(batch.ids.shape[1])).to(subject.device)
+        real = batch.lengths[:, None] > torch.arange(batch.ids.shape[1], device=subject.device)
         before = None
         for depth, states in executor.trace(batch):
             scored = states[at].float()

@@ -1,0 +1,214 @@
+"""Snapshots: what they hold, what counts as drift, and how they are updated."""
+
+import json
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from fixtures import drift, numbers
+from fixtures.snapshots import Snapshots, load, natural
+from lab import experiments
+from lab.errors import UserError
+from lab.experiments import Experiment, Tolerance
+from lab.records import Record, variable
+
+pytestmark = pytest.mark.calibration
+
+
+def record(loss, layers=(1.0, 2.0), **provenance):
+    data = xr.Dataset(
+        {
+            "loss": variable((), loss, "nat/token", "loss"),
+            "layer_loss": variable("layer", layers, "nat/token", "loss per layer"),
+            "best": variable("layer", ["a", "b"][: len(layers)], "name", "names"),
+        },
+        {"layer": np.arange(len(layers))},
+        {"experiment": "toy", "subject": "tiny", "source": "measured", "condition": "quick-bfloat16"},
+    )
+    return Record(data.assign_attrs(provenance=json.dumps(provenance)))
+
+
+@pytest.fixture(autouse=True)
+def tolerances(request, monkeypatch):
+    if "suite" in request.fixturenames:  # it has an experiment of its own
+        return
+    allowed = {"": Tolerance(0.01, 0.0, "a percent"), "loss": Tolerance(0.0, 0.5, "half a nat")}
+    toy = Experiment("X-1", "Toy", "?", Record, xr.Dataset, {}, allowed)
+    monkeypatch.setattr(experiments, "experiment", lambda name: toy)
+
+
+def moves(before, after):
+    return [move.text for move in drift.moves(numbers.of_record(before), numbers.of_record(after))]
+
+
+def test_moves_within_tolerance_are_none():
+    assert moves(record(1.0), record(1.49, layers=(1.009, 2.019))) == []
+
+
+def test_a_move_says_where_from_to_percent_and_share_of_the_tolerance():
+    assert moves(record(1.0), record(1.6, layers=(1.0, 2.5))) == [
+        "layer_loss[layer=1]: 2 -> 2.5 nat/token (+25.00%, 25 x the tolerance)",
+        "loss: 1 -> 1.6 nat/token (+60.00%, 1.2 x the tolerance)",
+    ]
+
+
+def test_nan_equals_nan_and_nothing_else():
+    nan = float("nan")
+    assert moves(record(nan), record(nan)) == []
+    assert moves(record(nan), record(1.0)) == ["loss: nan -> 1 nat/token"]
+    assert moves(record(1.0), record(nan)) == ["loss: 1 -> nan nat/token"]
+
+
+def test_another_form_is_drift():
+    before, after = numbers.of_record(record(1.0)), numbers.of_record(record(1.0, layers=(1.0,)))
+    assert [move.text for move in drift.moves(before, after)] == [
+        "best: other coords than in the snapshot",
+        "layer_loss: other coords than in the snapshot",
+    ]
+    del after["numbers"]["best"]
+    assert "best: no longer measured" in [move.text for move in drift.moves(before, after)]
+    assert "best: not in the snapshot" in [move.text for move in drift.moves(after, before)]
+
+
+def test_the_report_says_what_else_changed():
+    before = numbers.of_record(record(1.0, settings={"prompts": 28}, libraries={"torch": "2.10"}))
+    after = numbers.of_record(record(2.0, settings={"prompts": 28}, libraries={"torch": "2.13"}))
+    assert drift.report(before, after)[1:] == ["what else changed:", "  libraries.torch: 2.10 -> 2.13"]
+    assert drift.report(before, before)[-1] == "  nothing: same provenance"
+
+
+def test_the_report_is_short():
+    many = record(0.0, layers=tuple(range(1, 3)))
+    wide = many.data.drop_vars("best").isel(layer=np.arange(30) % 2).assign_coords(layer=np.arange(30))
+    before, after = numbers.of_record(Record(wide)), numbers.of_record(Record(wide * 2))
+    after |= {name: before[name] for name in ("experiment", "provenance")}
+    for name, entry in after["numbers"].items():
+        entry["unit"] = before["numbers"][name]["unit"]
+    assert "... and 22 more" in drift.report(before, after)
+
+
+def test_what_is_written_is_what_is_read():
+    content = numbers.of_record(record(1 / 3, layers=(float("nan"), 1e-12), settings={"prompts": 28}))
+    assert numbers.parse(numbers.dump(content)) == content
+    assert content["numbers"]["loss"]["values"] == [0.333333]
+    assert content["numbers"]["layer_loss"]["values"] == [None, 1e-12]
+
+
+def test_text_reads_well_in_a_diff():
+    wide = record(1.0).data.drop_vars("best").isel(layer=np.zeros(25, int)).assign_coords(layer=np.arange(25))
+    lines = numbers.dump(numbers.of_record(Record(wide))).splitlines()
+    values = lines[lines.index('   "values": [') + 1 :][:3]
+    assert [line.count("1.0") for line in values] == [10, 10, 5]
+    assert max(map(len, lines)) < 120
+
+
+def test_seconds_and_dates_stay_out():
+    content = numbers.of_record(record(1.0, seconds=3.5, date="2026-01-01", threads=2, dtype="bfloat16"))
+    assert content["provenance"] == {"dtype": "bfloat16"}
+
+
+def test_updates_merge(tmp_path, monkeypatch):
+    monkeypatch.setenv("DL_FINDINGS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "snapshot.json"
+    first = Snapshots()
+    first.note_numbers(path, numbers.dump(numbers.of_record(record(1.0))))
+    first.note_verdict(path, "T-2.10", None, {"verdict": "holds"})
+    first.note_verdict(path, "T-2.9", "L01", {"verdict": "holds"})
+    assert first.write() == [path]
+    second = Snapshots()
+    second.note_verdict(path, "T-2.10", None, {"verdict": "refuted"})
+    second.write()
+    content = load(path)
+    assert list(content["verdicts"].items()) == [
+        ("T-2.9 L01", {"verdict": "holds"}),
+        ("T-2.10", {"verdict": "refuted"}),
+    ]
+    assert content["numbers"] == numbers.of_record(record(1.0))["numbers"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"numbers": 1}', '{"verdicts": {"T-2.1": "holds"}}'])
+def test_damaged_snapshots_are_one_line(tmp_path, text):
+    path = tmp_path / "snapshot.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="snapshot") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_numbers_in_ids_count_as_numbers():
+    assert sorted(["T-10.1", "T-2.10", "T-2.9b", "T-2.9"], key=natural) == ["T-2.9", "T-2.9b", "T-2.10", "T-10.1"]
+
+
+# ---- through pytest and syrupy
+
+
+def test_numbers_pass_after_an_update_and_fail_when_they_move(suite):
+    suite.run("-k", "toy_matches").stdout.fnmatch_lines(["E*record it with --snapshot-update"])
+    suite.run("--snapshot-update").assert_outcomes(passed=4, xfailed=1, skipped=1)
+    suite.run().assert_outcomes(passed=4, xfailed=1, skipped=1)
+    suite.values({"loss": [1.0] * 4, "layer_loss": [[1.1] * 4, [2.0] * 4, [4.0] * 4]})
+    result = suite.run("--fresh", "-k", "toy_matches")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "E*layer_loss[[]layer=0[]]: 0.99 -> 1.1 nat/token (+11.11%, 11.1 x the tolerance)",
+            "E*loss: 0.99 -> 1 nat/token (+1.01%, 1.01 x the tolerance)",
+        ]
+    )
+
+
+def test_an_update_of_some_claims_keeps_the_rest(suite):
+    suite.run("--snapshot-update")
+    before = suite.recorded()
+    suite.values({"loss": [3.0] * 4, "layer_loss": [[1.0] * 4] * 3})
+    suite.run("--fresh", "--snapshot-update", "-k", "X-1.1 and not X-1.1b").assert_outcomes(xfailed=1)
+    after = suite.recorded()
+    assert after["verdicts"].pop("X-1.1")["verdict"] == "refuted"
+    assert before["verdicts"].pop("X-1.1")["verdict"] == "holds"
+    assert after == before
+
+
+def test_without_the_option_nothing_is_written(suite):
+    suite.run()
+    assert not suite.snapshot().exists()
+    suite.run("--snapshot-update")
+    content = suite.snapshot().read_bytes()
+    suite.values({"loss": [3.0] * 4, "layer_loss": [[1.0] * 4] * 3})
+    suite.run("--fresh")
+    assert suite.snapshot().read_bytes() == content
+
+
+def test_updating_twice_changes_nothing(suite):
+    suite.run("--snapshot-update")
+    content = suite.snapshot().read_bytes()
+    suite.run("--snapshot-update", "--fresh")
+    assert suite.snapshot().read_bytes() == content
+
+
+def test_a_truncated_snapshot_is_one_line_per_test_and_survives_an_update(suite):
+    suite.run("--snapshot-update")
+    half = suite.snapshot().read_text()[:100]
+    suite.snapshot().write_text(half)
+    result = suite.run()
+    assert "Traceback" not in str(result.stdout)
+    result.stdout.fnmatch_lines(["the snapshot *toy.json is not whole JSON*restore it or make it again"])
+    suite.run("--snapshot-update")
+    assert suite.snapshot().read_text() == half
+
+
+def test_against_compares_with_another_subject(suite):
+    suite.run("--snapshot-update")
+    suite.run("--subject", "small", "--against", "tiny").assert_outcomes(passed=4, xfailed=1, skipped=1)
+    suite.values({"loss": [3.0] * 4, "layer_loss": [[1.0] * 4] * 3})
+    result = suite.run("--subject", "small", "--against", "tiny", "--fresh", "-k", "toy_matches or X-1.1")
+    result.stdout.fnmatch_lines(["*the snapshot of tiny says holds (measured 0.99, needed < 2); now it fails"])
+    result.assert_outcomes(passed=2, failed=3)
+
+
+def test_conditions_have_snapshots_of_their_own(suite):
+    suite.run("--snapshot-update")
+    suite.run("--snapshot-update", "--dtype", "float32", "--device", "cuda")
+    assert suite.snapshot(condition="quick-float32-cuda").exists()
+    assert suite.recorded(condition="quick-float32-cuda")["condition"] == "quick-float32-cuda"

@@ -1,0 +1,179 @@
+"""The store: addresses, records that are whole or absent, sweeps that resume, one measurement for two."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from lab import store
+from lab.store import Store, Sweep, source_digest
+
+pytestmark = pytest.mark.calibration
+
+REPOSITORY = Path(__file__).parents[2]
+
+# Measures ten shards, each noted in a log. With PAUSE it hangs inside the sixth.
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+import numpy as np, xarray as xr
+from lab.store import Store
+
+log, root, pause = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "pause"
+
+def note(text):
+    with open(log, "a") as file:
+        file.write(text + "\\n")
+
+def shard(index):
+    if pause and index == 5:
+        note("hanging")
+        time.sleep(60)
+    time.sleep(0.02)
+    note(f"shard {index}")
+    return {"x": np.array([index])}
+
+def measure(sweep):
+    note("measure")
+    found = [sweep.shard(f"part {index}", lambda: shard(index))["x"] for index in range(10)]
+    return xr.Dataset({"x": ("n", np.concatenate(found))})
+
+dataset = Store(root).record("toy", {"a": 1}, measure)
+note("sum " + str(int(dataset.x.sum())))
+"""
+
+
+def start(folder: Path, mode: str = "through") -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    arguments = [sys.executable, "-c", SCRIPT, str(folder / "log"), str(folder / "records"), mode]
+    return subprocess.Popen(arguments, env=environment)
+
+
+def logged(folder: Path) -> list[str]:
+    return (folder / "log").read_text().splitlines() if (folder / "log").exists() else []
+
+
+def toy(value: float = 1.0) -> xr.Dataset:
+    return xr.Dataset({"x": ("n", [value])}, attrs={"subject": "s"})
+
+
+def test_a_killed_measurement_leaves_no_record_and_resumes(tmp_path):
+    process = start(tmp_path, "pause")
+    limit = time.monotonic() + 60
+    while "hanging" not in logged(tmp_path):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list((tmp_path / "records" / "toy").glob("*.nc")) == []
+    assert start(tmp_path).wait() == 0
+    lines = logged(tmp_path)
+    assert [line for line in lines if line.startswith("shard")] == [f"shard {index}" for index in range(10)]
+    assert lines[-1] == "sum 45"
+    assert len(list((tmp_path / "records" / "toy").glob("*.nc"))) == 1
+    assert list((tmp_path / "records" / "toy").glob("*.shards")) == []
+
+
+def test_two_processes_measure_once(tmp_path):
+    both = [start(tmp_path), start(tmp_path)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert logged(tmp_path).count("measure") == 1
+    assert logged(tmp_path).count("sum 45") == 2
+
+
+def test_a_record_is_read_back_as_it_was(tmp_path):
+    data = xr.Dataset(
+        {"x": (("layer", "prompt"), np.random.default_rng(0).normal(size=(3, 4)), {"unit": "nat", "description": "d"})},
+        {"layer": [0, 1, 2], "prompt_id": ("prompt", ["a", "bc", "d", "e"])},
+        {"subject": "s", "provenance": "{}"},
+    )
+    found = [Store(tmp_path).record("toy", {}, lambda sweep: data) for _ in range(2)]
+    xr.testing.assert_identical(*found)
+    xr.testing.assert_equal(found[0], data)
+    assert found[0].x.attrs == data.x.attrs
+
+
+def test_fresh_measures_again_and_drops_old_shards(tmp_path):
+    values = iter([1.0, 2.0, 3.0])
+
+    def measure(sweep):
+        return toy(float(sweep.shard("only", lambda: {"x": np.array(next(values))})["x"]))
+
+    def value(**options):
+        return float(Store(tmp_path).record("toy", {}, measure, **options).x[0])
+
+    assert [value(), value(), value(fresh=True), value()] == [1, 1, 2, 2]
+
+
+def test_every_part_of_the_key_counts(tmp_path):
+    keys = [{"a": 1, "b": {"c": 2}}, {"a": 2, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}}, {"a": 1}]
+    paths = {Store(tmp_path).path("toy", key) for key in keys}
+    assert len(paths) == len(keys)
+    assert Store(tmp_path).path("toy", {"b": {"c": 2}, "a": 1}) in paths
+
+
+def test_a_failing_measurement_keeps_its_shards(tmp_path):
+    def measure(sweep):
+        sweep.shard("first", lambda: {"x": np.zeros(1)})
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        Store(tmp_path).record("toy", {}, measure)
+    assert not Store(tmp_path).path("toy", {}).exists()
+
+    def again(sweep):
+        return toy(float(sweep.shard("first", lambda: pytest.fail("measured again"))["x"][0]))
+
+    assert float(Store(tmp_path).record("toy", {}, again).x[0]) == 0
+
+
+def test_progress_is_passed_on(tmp_path):
+    seen = []
+
+    def measure(sweep):
+        sweep.progress(1, 2, "layers")
+        return toy()
+
+    Store(tmp_path).record("toy", {}, measure, report=lambda *values: seen.append(values))
+    assert seen == [(1, 2, "layers")]
+
+
+def test_a_sweep_without_a_folder_keeps_nothing():
+    count = iter(range(2))
+    sweep = Sweep()
+    assert [int(sweep.shard("same", lambda: {"x": np.array(next(count))})["x"]) for _ in range(2)] == [0, 1]
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A small lab: experiment -> (inside a function) instrument -> base; and a module that nobody imports."""
+    texts = {
+        "experiment": "def measure():\n    from lab.instrument import run\n",
+        "instrument": "import lab.base\n",
+        "base": "x = 1\n",
+        "bystander": "y = 1\n",
+    }
+    (tmp_path / "lab").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "lab" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(store.paths, "REPOSITORY", tmp_path)
+    source_digest.cache_clear()
+    yield tmp_path / "lab"
+    source_digest.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("module", "counts"), [("experiment", True), ("instrument", True), ("base", True), ("bystander", False)]
+)
+def test_a_records_key_follows_the_source_of_its_instruments(sources, module, counts):
+    before = source_digest("lab.experiment")
+    with open(sources / f"{module}.py", "a") as file:
+        file.write("z = 2\n")
+    source_digest.cache_clear()
+    assert (source_digest("lab.experiment") != before) == counts
