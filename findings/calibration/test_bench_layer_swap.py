@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from lab.corpora.corpus import load_corpus
-from lab.experiments.layers.layer_swap_cost import all_pairs, spread
+from lab.experiments.layers.layer_swap_cost import all_pairs
 from lab.residual.executor import Executor
 from lab.residual.programs import swap
 from lab.residual.sweeps import ProgramLosses, sample
@@ -18,37 +18,28 @@ from lab.subjects.loading import load
 
 pytestmark = pytest.mark.benchmark
 
-PROMPTS, TOKENS, EXCHANGED = 3, 16, 6
-BATCH_TOKENS = 256
+PROMPTS, TOKENS, BATCH_TOKENS = 3, 16, 256
 FASTER = 2.0
 
 
-@pytest.fixture(scope="module")
-def subject(smollm2):
-    """In float32: bfloat16 kernels round differently for batches of another shape, which hides an error of 1e-3."""
-    return load(smollm2.facts, "float32")
+def every(stride, subject):
+    """Every so manieth pair of layers: near and far, early and late as in the whole matrix."""
+    return all_pairs(subject.decoder.n_layers)[::stride]
 
 
-@pytest.fixture(scope="module")
-def texts(subject):
+def texts_of(subject):
     return sample(load_corpus(subject.facts, subject.tokenizer), PROMPTS, TOKENS)
 
 
-def exchanged_layers(subject):
-    """A subset of the matrix with its mix of near and far, early and late: all pairs of layers spread evenly."""
-    n = subject.decoder.n_layers
-    spread_layers = spread(n, EXCHANGED)
-    return [[step.layer for step in swap(n, spread_layers[i], spread_layers[j])] for i, j in all_pairs(EXCHANGED)]
-
-
 @torch.inference_mode()
-def plain_loop(subject, texts):
-    """Losses [swap, prompt]: layers exchanged in the model itself, one text at a time, logits of every position."""
+def plain_loop(subject, texts, pairs):
+    """Losses [pair, prompt]: layers exchanged in the model itself, one text at a time, logits of every position."""
     kept = subject.model.model.layers
     losses = []
     try:
-        for layers in exchanged_layers(subject):
-            subject.model.model.layers = nn.ModuleList([kept[layer] for layer in layers])
+        for pair in pairs:
+            exchanged = [kept[step.layer] for step in swap(len(kept), *pair)]
+            subject.model.model.layers = nn.ModuleList(exchanged)
             losses.append([plain_loss(subject.model, text) for text in texts.texts])
     finally:
         subject.model.model.layers = kept
@@ -61,33 +52,32 @@ def plain_loss(model, text):
     return float(functional.cross_entropy(logits[targets - 1].float(), ids[0, targets]))
 
 
-def executor_sweep(subject, texts):
-    """The same losses [swap, prompt] through the executor."""
-    n = subject.decoder.n_layers
-    layers = spread(n, EXCHANGED)
-    programs = {f"{i} and {j}": swap(n, layers[i], layers[j]) for i, j in all_pairs(EXCHANGED)}
-    losses = ProgramLosses(Executor(subject.decoder), Sweep(), BATCH_TOKENS, "float32")
+def executor_sweep(subject, texts, pairs, head_dtype="bfloat16"):
+    """The same losses [pair, prompt] through the executor."""
+    programs = {str(pair): swap(subject.decoder.n_layers, *pair) for pair in pairs}
+    losses = ProgramLosses(Executor(subject.decoder), Sweep(), BATCH_TOKENS, head_dtype)
     return losses("swaps", texts, programs)["loss"]
 
 
-def seconds(function, *args):
-    start = time.perf_counter()
-    result = function(*args)
-    return time.perf_counter() - start, result
-
-
-def test_swap_sweep_is_twice_as_fast_as_the_plain_loop(benchmark, subject, texts):
-    """Rounds alternate, so that other work on the machine slows both; the fastest of each is compared."""
+def test_swap_sweep_is_twice_as_fast_as_the_plain_loop(benchmark, smollm2):
+    """A ninth of the whole matrix, in the condition that is measured: bfloat16."""
+    texts, pairs = texts_of(smollm2), every(9, smollm2)
     plain = []
-
-    def plain_round():
-        elapsed, losses = seconds(plain_loop, subject, texts)
-        plain.append(elapsed)
-        expected[:] = [losses]
-
-    expected = []
-    found = benchmark.pedantic(executor_sweep, (subject, texts), setup=plain_round, rounds=2, warmup_rounds=1)
-    assert np.abs(found - expected[0]).max() <= 1e-3
+    for _ in range(2):  # first, since the executor tunes the allocator for the whole process
+        start = time.perf_counter()
+        expected = plain_loop(smollm2, texts, pairs)
+        plain.append(time.perf_counter() - start)
+    found = benchmark.pedantic(executor_sweep, (smollm2, texts, pairs), rounds=3)
     ratio = min(plain) / benchmark.stats.stats.min
     benchmark.extra_info["times faster than the plain loop"] = round(ratio, 2)
+    # bfloat16 kernels round otherwise for batches of another shape: single losses differ by up to 2 %.
+    assert np.abs(found / expected - 1).mean() <= 0.02
     assert ratio >= FASTER
+
+
+def test_swap_sweep_gives_the_losses_of_the_plain_loop(smollm2):
+    """Within 1e-3 nat of the plain loop, in float32."""
+    subject = load(smollm2.facts, "float32")
+    texts, pairs = texts_of(subject), every(60, subject)
+    found, expected = executor_sweep(subject, texts, pairs, "float32"), plain_loop(subject, texts, pairs)
+    assert np.abs(found - expected).max() <= 1e-3

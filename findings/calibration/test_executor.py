@@ -114,7 +114,7 @@ def test_omitting_a_layer_leaves_the_arguments_of_all_others_unchanged(gemma, ba
 
 
 def spied_arguments(decoder, batch, program):
-    """Mask (None: plain causal) and rotary embedding that each layer is called with while the executor runs a program."""
+    """Mask (None: plain causal) and rotary embedding of each layer's call while the executor runs a program."""
     seen = {}
     hooks = [
         layer.register_forward_pre_hook(
@@ -389,24 +389,34 @@ def test_a_variant_of_another_width_is_refused(llama, batch):
         final_states(Executor(llama, variants=narrow), batch, [replace(N, 1, "narrow")])
 
 
-def short_of_memory(rows):
+SHORTAGES = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+
+
+def short_of_memory(rows, error=SHORTAGES[0]):
     """A decoder of which one layer runs out of memory when more than `rows` rows come at once."""
     decoder = Decoder(tiny("llama"))
 
     def refuse(module, args):
         if len(args[0]) > rows:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
 
     decoder.layers[3].register_forward_pre_hook(refuse)
     return decoder
 
 
-def test_out_of_memory_goes_on_with_smaller_blocks(llama, batch):
+@pytest.mark.parametrize("error", SHORTAGES, ids=["accelerator", "cpu"])
+def test_out_of_memory_goes_on_with_smaller_blocks(llama, batch, error):
     """Blocks are halved until they fit, with a warning; the results do not change."""
-    decoder = short_of_memory(2 * len(batch.ids))
+    decoder = short_of_memory(2 * len(batch.ids), error)
     with pytest.warns(RuntimeWarning, match="out of memory; going on with 2 states at a time"):
         states = final_states(Executor(decoder), batch, KNOCKOUTS)
     torch.testing.assert_close(states, final_states(Executor(llama), batch, KNOCKOUTS), **CLOSE)
+
+
+def test_other_errors_are_not_taken_for_a_shortage(batch):
+    """A layer's own failure comes through as it is."""
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        final_states(Executor(short_of_memory(0, RuntimeError("shapes do not match"))), batch, [identity(N)])
 
 
 def test_out_of_memory_with_one_state_is_reported(batch):

@@ -13,6 +13,7 @@ from torch import nn
 
 from lab import published
 from lab.corpora.corpus import Corpus, Text
+from lab.corpora.token_classes import TOKEN_TYPES
 from lab.errors import NotApplicable, UserError
 from lab.experiments.layers.logit_lens import Budget, LogitLens, measure
 from lab.records import Record
@@ -314,10 +315,24 @@ def test_batches_do_not_matter(model, record):
         np.testing.assert_allclose(alone.data[name], values, atol=2e-4, err_msg=name)
 
 
-def test_strided_tokens_are_some_of_all_tokens(model, record):
-    strided = record_of(model, budget=Budget(prompts=2, tokens=6, stride=2, batch_tokens=32)).data
-    assert strided["scored_tokens"].values.tolist() == [3, 3]
-    np.testing.assert_allclose(strided["entropy"], record.data["entropy"][:, [0, 2, 4, 5, 7, 9]], atol=2e-4)
+def test_strided_tokens_and_all_numbers_are_read(model, record):
+    strided = record_of(model, budget=Budget(prompts=2, tokens=6, stride=3, batch_tokens=32)).data
+    places = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]  # 5 tokens of the first text, 6 of the second
+    regular = [0, 3, 5, 8]
+    numbers = [place for place in places if TOKEN_TYPES[record.data["token_type"].values[place]] == "number"]
+    assert set(numbers) - set(regular)
+    expected = sorted({*regular, *numbers})
+    np.testing.assert_allclose(strided["entropy"], record.data["entropy"][:, expected], atol=2e-4)
+    assert strided["in_sample"].values.tolist() == [place in regular for place in expected]
+    assert int(strided["scored_tokens"].sum()) == len(expected)
+
+
+def test_numbers_between_the_steps_count_for_their_class_only(model, record):
+    strided = record_of(model, budget=Budget(prompts=None, tokens=None, stride=3, batch_tokens=32))
+    regular = strided.data["rank"].values[:, strided.data["in_sample"].values > 0]
+    np.testing.assert_allclose(strided.top1, (regular < 1).mean(axis=1))
+    assert int(strided.variable("scored_token_count")) == regular.shape[1] == 2 + 3 + 1
+    np.testing.assert_allclose(strided.type_rank("number"), record.type_rank("number"))
 
 
 def test_an_interrupted_measurement_resumes(model, record, tmp_path):

@@ -72,6 +72,25 @@ def test_markers_part_published_from_measured(suite):
     assert all("tiny" in name for name in named(suite.run("--collect-only", "-q", "-m", "measured")))
 
 
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("published", False),
+        ("published or measured", False),
+        ("published or calibration", True),
+        ("not published", True),
+        ("published or gpu", True),
+        ("calibration", True),
+    ],
+)
+def test_calibration_is_not_imported_where_only_claims_are_asked_for(suite, expression, expected):
+    folder = suite.folder / "findings" / "calibration"
+    folder.mkdir(parents=True)
+    (folder / "test_instrument.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
+    suite.run("--collect-only", "-q", "-m", expression)
+    assert (suite.folder / "imported").exists() == expected
+
+
 def test_subjects_are_chosen_by_name(suite):
     suite.publish()
     assert named(suite.run("--collect-only", "-q", "--subject", "small", "-k", "test_loss")) == ["test_loss[small]"]

@@ -53,6 +53,7 @@ def complete(
     prompt_set = prompts.load_prompts()
     rendered = [render(tokenizer, facts.frame, prompt_set.system_message, prompt.text) for prompt in prompt_set.prompts]
     ends = end_ids(folder, tokenizer)
+    identity = _identity(facts, folder, tokenizer, prompt_set)  # now: files may change while the generator runs
     log = paths.cache() / "logs" / f"complete-{facts.name}.log"
     tell(f"{facts.name}: {len(rendered)} prompts, at most {max_tokens} tokens each, through {generator} ...")
     generation = generate(generator, folder, [rendering.ids for rendering in rendered], ends, max_tokens, log)
@@ -61,7 +62,7 @@ def complete(
     tell("comparing with the model's own argmax ...")
     judged = _judged(folder, completions, special_ids(tokenizer))
     settings = {
-        **_identity(facts, folder, tokenizer, prompt_set),
+        **identity,
         "completion_source": "greedy",
         "generator": generator,
         "dtype": DTYPE,

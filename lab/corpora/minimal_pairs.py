@@ -8,6 +8,7 @@ that is so depends on the tokenizer; the words alone are checked when the file i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from lab.corpora.fields import Fields
 from lab.errors import UserError
 
 FAMILIES = ("factual", "linguistic", "arithmetic")
+
+_WORD = re.compile(r"\w+|[^\w\s]")  #: a sign is a word of its own: sums are written without blanks
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def load_minimal_pairs(path: Path | None = None) -> list[MinimalPair]:
     path = path or default_path()
     content = Fields(files.read_json(path, "file of minimal pairs"), f"file of minimal pairs {path}")
     content.known("version", "description", "pairs")
-    content.integer("version"), content.text("description")
+    content.integer("version")
+    content.text("description")
     entries = content.objects("pairs", "pair")
     pairs = [_pair(entry) for entry in entries]
     if not pairs:
@@ -129,17 +133,21 @@ def _pair(entry: Fields) -> MinimalPair:
     for name in ("clean", "corrupted"):
         if entry.text(name) != entry.text(name).strip():
             raise entry.wrong(name, "begins or ends with white space; the answer's leading blank belongs to the answer")
-    clean, corrupted = pair.clean.split(" "), pair.corrupted.split(" ")
+    _check_span(entry, _WORD.findall(pair.clean), _WORD.findall(pair.corrupted))
+    return pair
+
+
+def _check_span(entry: Fields, clean: Sequence[str], corrupted: Sequence[str]) -> None:
+    """Refuse prompts that do not differ in exactly one span of words before the last."""
     if len(clean) != len(corrupted):
         raise entry.wrong("corrupted", f"has {len(corrupted)} words, but 'clean' has {len(clean)}; they must align")
     differing = [index for index, (a, b) in enumerate(zip(clean, corrupted, strict=True)) if a != b]
     if not differing:
-        raise entry.wrong("corrupted", "equals 'clean'; there is nothing to patch")
+        raise entry.wrong("corrupted", "has the words of 'clean'; there is nothing to patch")
     if differing[-1] - differing[0] >= len(differing):
         raise entry.wrong("corrupted", "differs from 'clean' in more than one span of words")
     if differing[-1] == len(clean) - 1:
         raise entry.wrong("corrupted", "differs from 'clean' in the last word, where the answer is read")
-    return pair
 
 
 def _tokenised(pair: MinimalPair, tokenizer: Any) -> TokenPair | str:

@@ -100,7 +100,7 @@ class Executor:
         self._require_known(programs)
         if self.decoder.device.type == "cpu":
             keep_freed_memory()
-        trees = [prefix_tree(programs)] if self.share_prefixes else [_alone(index, program) for index, program in enumerate(programs)]
+        trees = [prefix_tree(programs)] if self.share_prefixes else list(map(_alone, range(len(programs)), programs))
         walk = _Walk(self, batch.to(self.decoder.device), _Results(len(programs)), readout, report)
         walk.total = sum(map(layer_applications, trees))
         for tree in trees:
@@ -108,7 +108,7 @@ class Executor:
         return walk.results.tensors
 
     def trace(self, batch: TokenBatch) -> Iterator[tuple[int, Tensor]]:
-        """States of the intact model [B, T, d] at depth 0 (before the first layer) to L (after the last), one at a time."""
+        """States of the intact model [B, T, d], one at a time: depth 0 is before the first layer, L after the last."""
         captured = self.decoder.capture(batch.ids)
         state = captured.entry
         yield 0, state
@@ -118,25 +118,28 @@ class Executor:
 
     def intact(self, batch: TokenBatch) -> Tensor:
         """Final state of the intact model [B, T, d], before the final norm: the reference of KL and agreement."""
-        state = torch.empty(0)
-        for _, state in self.trace(batch):
-            pass
-        return state
+        *_, (_, final) = self.trace(batch)
+        return final
 
     def _require_known(self, programs: Sequence[Program]) -> None:
         for step in {step for program in programs for step in program}:
             if step.layer is not None and not 0 <= step.layer < self.decoder.n_layers:
-                raise UserError(f"a program names layer {step.layer}; the model has layers 0 to {self.decoder.n_layers - 1}")
+                last = self.decoder.n_layers - 1
+                raise UserError(f"a program names layer {step.layer}; the model has layers 0 to {last}")
             for kind, name, known in (("variant", step.variant, self.variants), ("edit", step.edit, self.edits)):
                 if name is not None and name not in known:
-                    raise UserError(f"a program names the {kind} {name!r}; the executor knows {sorted(known) or 'none'}")
+                    names = ", ".join(sorted(known)) or "none"
+                    raise UserError(f"a program names the {kind} {name!r}; the executor knows {names}")
 
 
 class _Walk:
     """One batch's way through the trees of its programs."""
 
-    def __init__(self, executor: Executor, batch: TokenBatch, results: _Results, readout: Readout, report: Report | None):
-        self.executor, self.batch, self.results, self.readout, self.report = executor, batch, results, readout, report
+    def __init__(
+        self, executor: Executor, batch: TokenBatch, results: _Results, readout: Readout, report: Report | None
+    ):
+        self.executor, self.batch, self.results = executor, batch, results
+        self.readout, self.report = readout, report
         self.captured = executor.decoder.capture(batch.ids)
         self.donors: dict[Callable[[Tensor], Captured], Captured] = {}
         self.finished: list[tuple[Node, Tensor]] = []
@@ -194,7 +197,8 @@ class _Walk:
         stacked = torch.cat(states) if len(states) > 1 else states[0]
         output = self._layer_output(step, stacked, len(states))
         if output.shape != stacked.shape:
-            raise UserError(f"variant {step.variant!r} returned a tensor of shape {tuple(output.shape)}, not {tuple(stacked.shape)}")
+            returned, given = tuple(output.shape), tuple(stacked.shape)
+            raise UserError(f"variant {step.variant!r} returned a tensor of shape {returned}; it was given {given}")
         # Copies, since views would keep the whole block alive as long as any of its states.
         return [output] if len(states) == 1 else [part.clone() for part in output.chunk(len(states))]
 
@@ -224,9 +228,11 @@ class _Walk:
 
     def _read_finished(self) -> None:
         finished, self.finished = self.finished, []
-        largest = max(1, self.capacity // 2)
-        for part, results in _in_blocks(finished, largest, lambda part: self.readout(torch.stack([state for _, state in part]))):
+        for part, results in _in_blocks(finished, max(1, self.capacity // 2), self._read):
             self.results.add([node for node, _ in part], results)
+
+    def _read(self, finished: Sequence[tuple[Node, Tensor]]) -> Mapping[str, Tensor]:
+        return self.readout(torch.stack([state for _, state in finished]))
 
     def _count(self, edges: Sequence[Edge]) -> None:
         self.done += sum(edge.step.layer is not None for edge in edges)
@@ -275,11 +281,18 @@ def _in_blocks(
         block = items[start : start + size]
         try:
             result = function(block)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            if size == 1:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(block) == 1:
                 raise UserError("out of memory with a single state; measure fewer tokens per batch") from error
             size = max(1, min(size, len(block)) // 2)
             warnings.warn(f"out of memory; going on with {size} states at a time", RuntimeWarning, stacklevel=2)
             continue
         yield block, result
         start += len(block)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has a class of its own for accelerators only; a failed allocation on the CPU is a bare RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

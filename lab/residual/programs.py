@@ -16,7 +16,8 @@ class Step:
 
     Attributes:
         layer: index of the decoder layer, which brings its own call arguments; None leaves the slot empty.
-        variant: name of a module that takes the layer's place (a quantized copy, a sibling model's layer); None is the layer.
+        variant: name of a module that takes the layer's place (a quantized copy, a sibling model's layer);
+            None is the layer itself.
         edit: name of an edit of the residual stream before the layer; None leaves the stream as it is.
     """
 

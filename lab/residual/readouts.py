@@ -8,9 +8,10 @@ from torch import Tensor
 from lab.corpora.batches import Positions, TokenBatch
 from lab.subjects.anatomy import Decoder
 
-#: Logits at a time on a CPU (True) and on accelerators (False). On a CPU 256 rows of SmolLM2's vocabulary: with 64
-#: rows the product with the vocabulary matrix takes a quarter longer, with more rows it is no faster.
-CHUNK_LOGITS = {True: 256 * 49_152, False: 2**27}
+#: Logits at a time. On a CPU 256 rows of SmolLM2's vocabulary: with 64 rows the product with the vocabulary matrix
+#: takes a quarter longer, with more rows it is no faster. Accelerators have the memory, and need it to be busy.
+CPU_CHUNK_LOGITS = 256 * 49_152
+ACCELERATOR_CHUNK_LOGITS = 2**27
 MIN_CHUNK_ROWS = 32
 
 
@@ -33,8 +34,9 @@ class CompletionLoss:
         batch: the batch whose states are read.
         head_dtype: precision of the product with the vocabulary matrix: bfloat16 rounds logits to 8 bits
             (up to 0.06 at a logit of 20), float32 does not; the matrix is cast once.
-        chunk_rows: rows of logits at a time, positions times programs; None takes as many as `CHUNK_LOGITS` allows.
-        reference: the intact model's final states [B, T, d], before the final norm; with it `kl` and `agreement` are read.
+        chunk_rows: rows of logits at a time, positions times programs; None takes as many as memory suggests.
+        reference: the intact model's final states [B, T, d], before the final norm; with it `kl` and
+            `agreement` are read.
         positions: other positions than the batch's scored ones.
         target_probability: whether to read it.
     """
@@ -55,7 +57,7 @@ class CompletionLoss:
         self.positions = Positions(*(part.to(decoder.device) for part in (scored.row, scored.position, scored.target)))
         self.n_rows = len(batch.lengths)
         self.head_dtype = head_dtype
-        self.chunk_rows = chunk_rows or max(MIN_CHUNK_ROWS, CHUNK_LOGITS[decoder.device.type == "cpu"] // decoder.vocabulary)
+        self.chunk_rows = chunk_rows or _rows_at_a_time(decoder)
         self.target_probability = target_probability
         self.reference = None if reference is None else self._scored(reference[None])[0]
 
@@ -95,6 +97,11 @@ class CompletionLoss:
         """ln p [..., V] in float32 of residual streams [..., d]."""
         logits = self.decoder.unembedding.logits(self.decoder.final_norm(hidden), self.head_dtype)
         return torch.log_softmax(logits, dim=-1)
+
+
+def _rows_at_a_time(decoder: Decoder) -> int:
+    logits = CPU_CHUNK_LOGITS if decoder.device.type == "cpu" else ACCELERATOR_CHUNK_LOGITS
+    return max(MIN_CHUNK_ROWS, logits // decoder.vocabulary)
 
 
 class _Intact:

@@ -28,10 +28,19 @@ Variables = dict[str, xr.Variable]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Readings of N tokens at S slots, as plain arrays; a token of a prompt drawn twice stands in them twice."""
+    """Readings of N tokens at S slots, as plain arrays; a token of a prompt drawn twice stands in them twice.
+
+    Numbers are rare and may have been read more often than others: `sample` stands for the text as it is,
+    all tokens only within one class.
+    """
 
     data: xr.Dataset
     index: np.ndarray
+
+    @cached_property
+    def sample(self) -> Tokens:
+        """The tokens read at regular steps, whatever their class."""
+        return Tokens(self.data, self.index[self["in_sample"] > 0])
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A variable, [..., N]."""
@@ -50,8 +59,8 @@ class Tokens:
     @cached_property
     def categories(self) -> np.ndarray:
         """Membership in each prompt category [category, N], 0 or 1, float64."""
-        of_prompt = self.data["category"].values
-        members: np.ndarray = (of_prompt[self["token_prompt"]] == categories(self.data)[:, None]).astype(float)
+        of_prompt = self.data["category"].values == categories(self.data)[:, None]
+        members: np.ndarray = of_prompt[:, self["token_prompt"]].astype(float)
         return members
 
 
@@ -91,24 +100,26 @@ def _tokens_of(counts: np.ndarray, prompts: np.ndarray | None) -> np.ndarray:
 
 def _sound_figures(tokens: Tokens) -> Variables:
     """Figures of the float32 head with mid-ranks."""
-    ranks = tokens["rank"]
+    sample = tokens.sample
+    ranks = sample["rank"]
     return (
-        _reading_figures(ranks, tokens["target_log_probability"], tokens["entropy"])
+        _reading_figures(ranks, sample["target_log_probability"], sample["entropy"])
         | _path_figures(ranks)
-        | _type_figures(ranks, tokens)
-        | _distribution_figures(ranks, tokens)
-        | _surprisal_figures(ranks, tokens)
+        | _distribution_figures(ranks, sample)
+        | _type_figures(tokens["rank"], tokens)
+        | _surprisal_figures(tokens)
     )
 
 
 def _published_figures(tokens: Tokens) -> Variables:
     """Figures of bfloat16 logits with all ties resolved in favour of the target, as published."""
-    ranks = tokens["bfloat16_rank"]
-    tied = (tokens["bfloat16_ties"] > 0).mean(axis=1)
+    sample = tokens.sample
+    ranks = sample["bfloat16_rank"]
+    tied = (sample["bfloat16_ties"] > 0).mean(axis=1)
     return (
-        _reading_figures(ranks, tokens["bfloat16_target_log_probability"], tokens["bfloat16_entropy"])
+        _reading_figures(ranks, sample["bfloat16_target_log_probability"], sample["bfloat16_entropy"])
         | _path_figures(ranks)
-        | _type_figures(ranks, tokens)
+        | _type_figures(tokens["bfloat16_rank"], tokens)
         | _figures("slot", {"lens_tied_fraction": (tied, "fraction", "tokens whose target's logit others share")})
     )
 
@@ -216,13 +227,12 @@ def _distribution_figures(ranks: np.ndarray, tokens: Tokens) -> Variables:
     return _figures("slot", of_slot) | _figures("layer", of_layer) | _figures((), counts)
 
 
-def _surprisal_figures(ranks: np.ndarray, tokens: Tokens) -> Variables:
-    crystallized, surprisal = below_from(ranks), -tokens["target_log_probability"][-1]
-    kept = ~np.isnan(crystallized)
-    settled = xr.DataArray(crystallized[kept]), xr.DataArray(surprisal[kept])
-    correlation = spearman(*settled) if kept.any() else float("nan")
+def _surprisal_figures(tokens: Tokens) -> Variables:
     number = tokens["token_type"] == TOKEN_TYPES.index("number")
-    delay = _matched_difference(crystallized[kept], number[kept], surprisal[kept])
+    kept, depth, surprisal = _settled(tokens)
+    delay = _matched_difference(depth, number[kept], surprisal)
+    _, *of_sample = _settled(tokens.sample)
+    correlation = spearman(*map(xr.DataArray, of_sample)) if len(of_sample[0]) else float("nan")
     found = {
         "crystallization_surprisal_correlation": (correlation, "1", "Spearman: crystallization and final surprisal"),
         "number_delay_at_equal_surprisal": (delay, "layer", "numbers minus others in the same tenth of surprisal"),
@@ -230,14 +240,18 @@ def _surprisal_figures(ranks: np.ndarray, tokens: Tokens) -> Variables:
     return _figures((), found)
 
 
+def _settled(tokens: Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which tokens crystallize at all [N], where, and their final surprisal [nat]."""
+    crystallized = below_from(tokens["rank"])
+    kept = ~np.isnan(crystallized)
+    return kept, crystallized[kept], -tokens["target_log_probability"][-1, kept]
+
+
 def _category_figures(tokens: Tokens, of_prompts: np.ndarray) -> Variables:
-    crystallized, within = below_from(tokens["rank"]), tokens.categories
-    number, content = TOKEN_TYPES.index("number"), TOKEN_TYPES.index("content_word")
-    of_kinds = np.array([[_mean(crystallized[(some * kind) > 0]) for kind in tokens.members] for some in within])
-    numbers = within @ tokens.members[number]
-    delay = _weighted(of_kinds[:, number] - of_kinds[:, content], numbers)
-    prompts = [(of_prompts == name).sum() for name in categories(tokens.data)]
+    sample, numbers = tokens.sample, tokens.categories @ tokens.members[TOKEN_TYPES.index("number")]
+    crystallized, within = below_from(sample["rank"]), sample.categories
     own, others = ([_mean(crystallized[some == inside]) for some in within] for inside in (1, 0))
+    prompts = [(of_prompts == name).sum() for name in categories(tokens.data)]
     found = {
         "prompt_count_by_category": (prompts, "prompt", "prompts of the category"),
         "completion_tokens_by_category": (within.sum(axis=1), "token", "tokens of the category"),
@@ -245,8 +259,17 @@ def _category_figures(tokens: Tokens, of_prompts: np.ndarray) -> Variables:
         "category_crystallization_mean": (own, "layer", "mean crystallization of the category"),
         "other_category_crystallization_mean": (others, "layer", "mean crystallization of all other categories"),
     }
+    delay = _weighted(_number_delays(tokens), numbers)
     description = "numbers minus content words within categories, weighted by numbers"
     return _figures("category", found) | _figures((), {"number_delay_within_category": (delay, "layer", description)})
+
+
+def _number_delays(tokens: Tokens) -> np.ndarray:
+    """Mean crystallization of numbers minus that of content words, per category [category]."""
+    crystallized = below_from(tokens["rank"])
+    number, content = (tokens.members[TOKEN_TYPES.index(kind)] for kind in ("number", "content_word"))
+    means = [[_mean(crystallized[(some * kind) > 0]) for kind in (number, content)] for some in tokens.categories]
+    return np.array([late - early for late, early in means])
 
 
 def _matched_difference(values: np.ndarray, group: np.ndarray, match: np.ndarray) -> float:

@@ -42,8 +42,8 @@ class Decoder:
         UserError: the layers cannot be found, or the parts do not reproduce the model's own logits.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model: Any = model.eval()
+    def __init__(self, model: Any):
+        self.model = model.eval()
         self.config = self.model.config.get_text_config(decoder=True)
         self.embedding: nn.Module = self.model.get_input_embeddings()
         self._parent, self._list = _find_layers(self.model, int(self.config.num_hidden_layers))
@@ -63,6 +63,10 @@ class Decoder:
         return int(self.config.hidden_size)
 
     @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+    @property
     def vocabulary(self) -> int:
         """Number of logits, V."""
         return self.unembedding.vocabulary
@@ -78,7 +82,7 @@ class Decoder:
         return next(self.embedding.parameters()).dtype
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of normed hidden states [..., d], in the model's dtype, scaled and capped as the model does."""
+        """Logits [..., V] of normed hidden states [..., d], in the model's dtype, scaled and capped as in the model."""
         return self.unembedding(hidden)
 
     def norm_and_head(self, hidden: Tensor) -> Tensor:
@@ -108,7 +112,9 @@ class Decoder:
             recorded = [stand_in.recorded for stand_in in stand_ins]
             if None not in recorded:
                 return recorded[0][0], [call for _, call in recorded]
-        raise UserError(f"{_name(self.model)} does not run all of its {self.n_layers} layers; it cannot be studied layer by layer")
+        raise UserError(
+            f"{self._name} does not run all of its {self.n_layers} layers; it cannot be studied layer by layer"
+        )
 
     @torch.no_grad()
     def _dissect(self, heads: tuple[Head, ...]) -> Head:
@@ -126,16 +132,19 @@ class Decoder:
             for hook in hooks:
                 hook.remove()
         if order != list(range(self.n_layers)):
-            raise UserError(f"{_name(self.model)} runs its layers in the order {order}; only decoders that run each layer once are supported")
+            raise UserError(
+                f"{self._name} runs its layers in the order {order}; every layer must run once, in its own slot"
+            )
         self._tuple_sizes = [len(output) if isinstance(output, tuple) else 0 for output in outputs]
         final = hidden_of(outputs[-1])
         self.final_norm = next((module for module, given in after if given is final), nn.Identity())
         if final.shape != (1, PROBE_TOKENS, self.width):
-            raise UserError(f"the layers of {_name(self.model)} pass on a tensor of shape {tuple(final.shape)}; expected [batch, token, width]")
+            shape = tuple(final.shape)
+            raise UserError(f"the layers of {self._name} pass on a tensor of shape {shape}, not [batch, token, width]")
         normed = self.final_norm(final)
         agreeing = [head for head in heads if _alike(head(normed), result.logits)]
         if not agreeing:
-            raise UserError(f"the final norm and head found in {_name(self.model)} do not give the model's own logits; its head is of an unknown form")
+            raise UserError(f"the final norm and head found in {self._name} do not give the model's own logits")
         return agreeing[0]
 
 
@@ -210,7 +219,10 @@ def _find_layers(model: Any, n_layers: int) -> tuple[nn.Module, nn.ModuleList]:
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == n_layers:
                 return module, child
-    raise UserError(f"no list of {n_layers} decoder layers found in {_name(model)}; only decoders of Transformers can be studied")
+    name = type(model).__name__
+    raise UserError(
+        f"no list of {n_layers} decoder layers found in {name}; only decoders of Transformers can be studied"
+    )
 
 
 def _noting(order: list[int], outputs: list[Any], index: int) -> Callable[..., None]:
@@ -227,7 +239,3 @@ def _noting_input(seen: list[tuple[nn.Module, Tensor]]) -> Callable[..., None]:
             seen.append((module, args[0]))
 
     return hook
-
-
-def _name(model: nn.Module) -> str:
-    return type(model).__name__

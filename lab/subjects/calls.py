@@ -29,7 +29,8 @@ class Captured:
 
     Attributes:
         entry: residual stream before the first layer [B, T, d].
-        recorded: arguments of each layer; those that depend on the row are `PerRow`, all others serve any number of rows.
+        recorded: arguments of each layer; those that depend on the row are `PerRow`, all others serve any
+            number of rows.
     """
 
     entry: Tensor

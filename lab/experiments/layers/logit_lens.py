@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
@@ -296,8 +296,8 @@ class Budget:
     Attributes:
         prompts: a balanced prefix of the corpus; None is all.
         tokens: completion tokens per prompt, from the start of the completion; None is all.
-        stride: every so manieth of them is read. Neighbouring tokens tell the same, so this costs less
-            support than fewer prompts would.
+        stride: every so manieth of them is read, and every number, since numbers are rare and claims are about
+            them. Neighbouring tokens tell much the same, so this costs less support than fewer prompts would.
         batch_tokens: padded tokens per batch; a batch is what an interrupted measurement loses at most.
     """
 
@@ -308,11 +308,11 @@ class Budget:
 
 
 def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep) -> xr.Dataset:
-    """Read every scored token at every depth, with the float32 head and with bfloat16 logits."""
+    """Read the chosen tokens at every depth, with the float32 head and with bfloat16 logits."""
     from lab.corpora.batches import token_batches
     from lab.residual.lens_readings import LensReader
 
-    texts, scored = _sample(corpus, budget)
+    texts, scored, in_sample = _sample(subject, corpus, budget)
     reader = LensReader(subject.decoder)
     batches = token_batches(scored, budget.batch_tokens)
     total = sum(len(batch.scored) for batch in batches)
@@ -326,19 +326,30 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     # Batches are sorted by length, the record by prompt.
     order = np.argsort(np.concatenate([part["text"] for part in parts]), kind="stable")
     readings = {name: np.concatenate([part[name] for part in parts], axis=-1)[..., order] for name in parts[0]}
-    return _dataset(subject, texts, scored, readings)
+    return _dataset(subject, texts, scored, readings | {"in_sample": in_sample})
 
 
-def _sample(corpus: Corpus, budget: Budget) -> tuple[list[Text], list[TokenText]]:
+def _sample(subject: LoadedSubject, corpus: Corpus, budget: Budget) -> tuple[list[Text], list[TokenText], np.ndarray]:
+    """Texts, their targets, and per target [token] whether it is a regular step, not a number between two."""
     from lab.corpora.corpus import token_text
 
-    chosen = corpus if budget.prompts is None else corpus.prefix(budget.prompts)
-    pairs = [(text, token_text(text, max_tokens=budget.tokens, stride=budget.stride)) for text in chosen.texts]
-    kept = [(text, scored) for text, scored in pairs if scored.targets]
-    if not kept:
+    texts, scored, in_sample = [], [], []
+    for text in corpus.texts[: budget.prompts]:
+        every = token_text(text, max_tokens=budget.tokens)
+        regular = set(every.targets[:: budget.stride])
+        chosen = [t for t in every.targets if t in regular or _class_of(subject, every.ids[t]) == "number"]
+        if chosen:
+            texts.append(text)
+            scored.append(replace(every, targets=tuple(chosen)))
+            in_sample += [t in regular for t in chosen]
+    if not texts:
         remedy = f"make it again with python -m lab complete {corpus.subject}"
         raise UserError(f"the corpus of {corpus.subject} has no scored token; {remedy}")
-    return [text for text, _ in kept], [scored for _, scored in kept]
+    return texts, scored, np.array(in_sample, np.int8)
+
+
+def _class_of(subject: LoadedSubject, token: int) -> str:
+    return token_type(subject.tokenizer.decode([token]))
 
 
 def _require_finite(readings: Arrays, texts: list[Text]) -> None:
@@ -353,8 +364,7 @@ def _require_finite(readings: Arrays, texts: list[Text]) -> None:
 
 
 def _dataset(subject: LoadedSubject, texts: list[Text], scored: list[TokenText], readings: Arrays) -> xr.Dataset:
-    classes = {id: token_type(subject.tokenizer.decode([id])) for id in np.unique(readings["target"]).tolist()}
-    codes = np.array([TOKEN_TYPES.index(classes[id]) for id in readings["target"].tolist()], np.int8)
+    codes = np.array([TOKEN_TYPES.index(_class_of(subject, int(token))) for token in readings["target"]], np.int8)
     counts = [len(text.targets) for text in scored]
     variables = {name: variable(dims, readings[name], unit, says) for name, (dims, unit, says) in READINGS.items()}
     variables |= {
@@ -374,11 +384,7 @@ def _dataset(subject: LoadedSubject, texts: list[Text], scored: list[TokenText],
 
 #: name in a measured record -> dimensions, unit, description
 READINGS = {
-    "rank": (
-        ("slot", "token"),
-        "rank",
-        "entries of greater float32 logit than the target, plus half of the ties",
-    ),
+    "rank": (("slot", "token"), "rank", "entries of greater float32 logit than the target's, half of the ties"),
     "target_log_probability": (("slot", "token"), "nat", "log-probability of the target, float32 head"),
     "entropy": (("slot", "token"), "nat", "entropy of the lens distribution, float32 head"),
     "top_probability": (("slot", "token"), "probability", "largest probability of the lens distribution, float32 head"),
@@ -391,6 +397,7 @@ READINGS = {
     "residual_norm": (("slot", "token"), "norm", "norm of the residual stream"),
     "update_similarity": (("layer", "token"), "1", "cosine of the layer's update with the update of the layer before"),
     "repeats_input": ("token", "1", "1 where the target is the token it is predicted from, else 0"),
+    "in_sample": ("token", "1", "1 at the regular steps, 0 for numbers read between them"),
 }
 
 EXPERIMENT = Experiment(
@@ -400,7 +407,7 @@ EXPERIMENT = Experiment(
     record=LogitLens,
     measure=measure,
     budgets={
-        "quick": Budget(prompts=None, tokens=96, stride=3, batch_tokens=2048),
+        "quick": Budget(prompts=None, tokens=None, stride=4, batch_tokens=2048),
         "full": Budget(prompts=None, tokens=None, stride=1, batch_tokens=8192),
     },
     tolerances={
