@@ -1,8 +1,8 @@
 """Where the answer of a base model ends: in a plain frame it sets no end token and goes on until the limit.
 
 After its answer such a model asks and answers questions of its own, and sooner or later goes round in
-a loop. Stopping at the first further question would leave answers of a few words (Gemma-3-270M: a
-median of 17 tokens, too few in all). Rejecting completions that loop would leave nothing. So each is
+a loop. Stopping at the first further question would leave answers of a few words (Gemma-3-270M: 1,085
+tokens in all, too few for claims, against 1,618). Rejecting completions that loop would leave nothing. So each is
 cut where it begins to repeat itself: what is left is a prefix of greedy text, and so the model's own.
 """
 

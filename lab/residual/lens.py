@@ -21,7 +21,7 @@ from lab.subjects.anatomy import Decoder
 CHUNK_BYTES = 48 * 2**20
 ACCELERATOR_CHUNK_BYTES = 512 * 2**20
 #: Size of the logits that are reduced together on a CPU: small enough to stay in the cache from one pass to the next.
-BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ class LayerSwapCost(Record):
 
     @cached_property
     def move_asymmetry(self) -> xr.DataArray:
-        """M_ij - M_ji for i < j [pair], nat/token: below 0 if moves towards the start cost more than their counterparts."""
+        """M_ij - M_ji for i < j [pair], nat/token: below 0 if moves towards the start cost more."""
         forth, back = self.move_costs
         return forth - back
 

@@ -407,7 +407,7 @@ EXPERIMENT = Experiment(
     record=LogitLens,
     measure=measure,
     budgets={
-        "quick": Budget(prompts=None, tokens=None, stride=4, batch_tokens=2048),
+        "quick": Budget(prompts=None, tokens=None, stride=6, batch_tokens=2048),
         "full": Budget(prompts=None, tokens=None, stride=1, batch_tokens=8192),
     },
     tolerances={
