@@ -93,8 +93,9 @@ def test_calibration_is_not_imported_where_only_claims_are_asked_for(suite, expr
 
 def test_subjects_are_chosen_by_name(suite):
     suite.publish()
-    assert named(suite.run("--collect-only", "-q", "--subject", "small", "-k", "test_loss")) == ["test_loss[small]"]
-    everything = named(suite.run("--collect-only", "-q", "--subject", "all", "-k", "test_loss"))
+    ask = ("--collect-only", "-q", "-k", "test_loss")
+    assert named(suite.run(*ask, "--subject", "small")) == ["test_loss[famous]", "test_loss[small]"]
+    everything = named(suite.run(*ask, "-m", "measured", "--subject", "all"))
     assert everything == ["test_loss[tiny]", "test_loss[small]", "test_loss[missing]"]
 
 
