@@ -42,22 +42,22 @@ class Record:
     @property
     def subject(self) -> str:
         """Catalog name of the subject."""
-        return self.data.attrs["subject"]
+        return str(self.data.attrs["subject"])
 
     @property
     def source(self) -> str:
         """`published` or `measured`."""
-        return self.data.attrs["source"]
+        return str(self.data.attrs["source"])
 
     @property
     def condition(self) -> str:
         """Budget, dtype and device of a measurement (`quick-bfloat16`), or `published`."""
-        return self.data.attrs["condition"]
+        return str(self.data.attrs["condition"])
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """Digests, settings, library versions, seconds; for published figures their source."""
-        return json.loads(self.data.attrs.get("provenance", "{}"))
+        return dict(json.loads(self.data.attrs.get("provenance", "{}")))
 
     def has(self, name: str) -> bool:
         """Whether the record holds this variable."""
@@ -132,4 +132,5 @@ def variable(dims: str | Sequence[str], values: Any, unit: str, description: str
 
 def _weighted(array: xr.DataArray, weights: xr.DataArray, dimension: str) -> xr.DataArray:
     # xarray's own weighted() costs a millisecond a call; claims are evaluated on 500 resamples.
-    return xr.dot(array, weights, dim=dimension) / float(weights.sum())
+    mean: xr.DataArray = xr.dot(array, weights, dim=dimension) / float(weights.sum())
+    return mean

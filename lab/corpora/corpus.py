@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lab.corpora.batches import TokenText
     from lab.subjects.catalog import Facts
 
+
 @dataclass(frozen=True)
 class Text:
     """One prompt with its completion.

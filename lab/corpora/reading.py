@@ -74,4 +74,3 @@ def _check_flags(content: CompletionsFile, tokenizer: Any | None, path: Path) ->
             said, true = (", ".join(sorted(flags)) or "none" for flags in (entry.flags, expected))
             fault = f"the flags of {entry.id!r} are {said}, but its ids say {true}"
             raise UserError(f"{path}: {fault}; make the file again")
-

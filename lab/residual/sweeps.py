@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from lab.corpora.batches import TokenBatch, TokenText, positions, token_batches
 from lab.corpora.corpus import Corpus, token_text, user_text
 from lab.errors import UserError
 from lab.residual.executor import Executor
-from lab.residual.programs import Program, identity
+from lab.residual.programs import Program
 from lab.residual.readouts import CompletionLoss
 from lab.store import Arrays, Sweep
 
@@ -55,7 +56,7 @@ def sample(corpus: Corpus, prompts: int | None, tokens: int | None) -> Sample:
     kept = [(text, tokens_of) for text, tokens_of in pairs if tokens_of.targets]
     if not kept:
         raise UserError(
-            f"the corpus of {corpus.subject} has no scored token; make it again with python -m lab complete {corpus.subject}"
+            f"the corpus of {corpus.subject} has no scored token; make it anew: python -m lab complete {corpus.subject}"
         )
     return Sample(
         tuple(text.id for text, _ in kept),
@@ -110,9 +111,8 @@ class ProgramLosses:
         results: dict[str, np.ndarray] = {}
         done = 0.0
         for index, batch in enumerate(batches):
-            arrays = self.sweep.shard(
-                f"{what} {index}", lambda: self._sums(batch, sample, programs, compare, user_words)
-            )  # noqa: B023
+            compute = partial(self._sums, batch, sample, programs, compare, user_words)
+            arrays = self.sweep.shard(f"{what} {index}", compute)
             for name, sums in arrays.items():
                 tokens = sample.user_tokens if name == "user_loss" else sample.scored_tokens
                 target = results.setdefault(name, np.full((len(programs), len(sample.texts)), np.nan))
@@ -129,7 +129,7 @@ class ProgramLosses:
     ) -> Arrays:
         batch = batch.to(self.executor.decoder.device)
         dtype = HEAD_DTYPES[self.head_dtype]
-        reference = self._final_states(batch) if compare else None
+        reference = self.executor.intact(batch) if compare else None
         completion = CompletionLoss(
             self.executor.decoder, batch, head_dtype=dtype, reference=reference, target_probability=compare
         )
@@ -143,10 +143,6 @@ class ProgramLosses:
             name: sums.double().numpy()
             for name, sums in self.executor.run(batch, list(programs.values()), read).items()
         }
-
-    def _final_states(self, batch: TokenBatch) -> Tensor:
-        intact = [identity(self.executor.decoder.n_layers)]
-        return self.executor.run(batch, intact, lambda states: {"final": states})["final"][0].to(batch.ids.device)
 
 
 def token_mean(per_prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ def lag_one_autocorrelation(profile: np.ndarray) -> np.ndarray:
     """
     centred = profile - profile.mean(-1, keepdims=True)
     products: np.ndarray = (centred[..., :-1] * centred[..., 1:]).sum(-1)
-    return products / (centred**2).sum(-1)
+    autocorrelation: np.ndarray = products / (centred**2).sum(-1)
+    return autocorrelation
 
 
 def clustering_p_value(profile: np.ndarray) -> float:

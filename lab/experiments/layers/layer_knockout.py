@@ -75,7 +75,8 @@ class LayerKnockout(Record):
     @property
     def depth(self) -> xr.DataArray:
         """Relative depth of each layer [layer]: layer / number of layers."""
-        return self.loss_delta.layer / self.loss_delta.sizes["layer"]
+        layers = self.loss_delta["layer"]
+        return layers / len(layers)
 
     @property
     def n_layers(self) -> int:
@@ -172,7 +173,8 @@ class LayerKnockout(Record):
     def log_synergy(self) -> xr.DataArray:
         """Synergy under the multiplicative null: ln(K_ij/B) - ln(K_i/B) - ln(K_j/B) [pair]."""
         baseline = float(self._pair_baseline)
-        return np.log1p(self.pair_delta / baseline) - np.log1p(self.pair_parts / baseline).sum("part")
+        pair, parts = (xr.apply_ufunc(np.log1p, rise / baseline) for rise in (self.pair_delta, self.pair_parts))
+        return pair - parts.sum("part")
 
     def of_pair(self, quantity: xr.DataArray, i: int, j: int) -> float:
         """The entry of a per-pair quantity that belongs to layers i and j."""
@@ -234,17 +236,17 @@ class LayerKnockout(Record):
         losses = [float(self.baseline_loss), float(self.knockout_loss.sel(layer=order[0])), pair]
         return xr.DataArray(losses, dims="step", coords={"step": [0, 1, 2]})
 
-    def max_removable(self, *, ratio: float | None = None, delta: float | None = None, text: bool = False) -> int:
+    def max_removable(self, *, ratio: float = 1, delta: float = 0, text: bool = False) -> int:
         """Largest number of greedily removed layers within a loss limit.
 
         Args:
-            ratio: limit as a multiple of the intact loss.
-            delta: limit as a rise of the loss in nat/token (comparable across models).
+            ratio: limit as a multiple of the intact loss; without it the loss itself is the limit.
+            delta: allowed rise beyond that limit in nat/token (comparable across models).
             text: judge by the loss on the user's words instead of the completions.
         """
         losses = self.mean("text_pruning_loss") if text else self.pruning_loss
         intact = losses.sel(step=0)
-        limit = intact * ratio if ratio is not None else intact + delta
+        limit = intact * ratio + delta
         return int(losses.step[losses <= limit].max())
 
     @cached_property
@@ -306,7 +308,7 @@ EXPERIMENT = Experiment(
     record=LayerKnockout,
     measure=measure,
     budgets={
-        "quick": Budget(prompts=28, tokens=64, pair_prompts=7, pair_tokens=24, block_sizes=(1, 2, 4, 7)),
+        "quick": Budget(prompts=28, tokens=72, pair_prompts=7, pair_tokens=24, block_sizes=(1, 2, 4, 7)),
         "full": Budget(
             prompts=None, tokens=None, pair_prompts=28, pair_tokens=None, block_sizes=None, batch_tokens=16384
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def measure(subject: LoadedSubject, budget: Budget, sweep: Sweep) -> xr.Dataset:
     groups = list(_groups(chosen, budget.batch_tokens))
     parts, done = [], 0
     for index, group in enumerate(groups):
-        parts.append(sweep.shard(f"patching {index}", lambda: _patched(subject.decoder, group)))  # noqa: B023
+        parts.append(sweep.shard(f"patching {index}", partial(_patched, subject.decoder, group)))
         done += len(group)
         sweep.progress(done, len(chosen), "minimal pairs")
     found = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}

@@ -32,7 +32,7 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     variables = _single_variables(losses, many) | _residual_variables(subject, executor, many, budget.batch_tokens)
     variables |= _pair_variables(losses, few)
     variables |= _pruning_variables(losses, few, variables["pair_single_loss"].values)
-    variables |= _block_variables(losses, few, budget.block_sizes)
+    variables |= _block_variables(losses, few, budget.block_sizes, variables)
     coords = {
         "layer": np.arange(subject.decoder.n_layers),
         "step": np.arange(len(variables["pruning_loss"])),
@@ -170,15 +170,23 @@ def _pruning_variables(losses: ProgramLosses, texts: Sample, single_loss: np.nda
     }
 
 
-def _block_variables(losses: ProgramLosses, texts: Sample, sizes: tuple[int, ...] | None) -> Variables:
+def _block_variables(
+    losses: ProgramLosses, texts: Sample, sizes: tuple[int, ...] | None, measured: Variables
+) -> Variables:
+    """Contiguous blocks; those of one and two layers are the single and paired knockouts of the same sample."""
     n = losses.executor.decoder.n_layers
     wanted = [size for size in range(1, n // 4 + 1) if sizes is None or size in sizes]
     blocks = [(size, first) for size in wanted for first in range(n - size + 1)]
-    loss = losses("contiguous blocks", texts, _skipping(n, [range(first, first + size) for size, first in blocks]))[
-        "loss"
-    ]
+    loss = dict(zip(((1, i) for i in range(n)), measured["pair_single_loss"].values, strict=True))
+    pairs = zip(all_pairs(n), measured["pair_knockout_loss"].values, strict=True)
+    loss |= {(2, i): of_pair for (i, j), of_pair in pairs if j == i + 1}
+    longer = [block for block in blocks if block not in loss]
+    programs = _skipping(n, [range(first, first + size) for size, first in longer])
+    loss |= dict(zip(longer, losses("contiguous blocks", texts, programs)["loss"], strict=True)) if longer else {}
     return {
         "block_size": variable("block", [size for size, _ in blocks], "layer", "layers in the block"),
         "block_first_layer": variable("block", [first for _, first in blocks], "layer", "first layer of the block"),
-        "block_loss": variable(("block", "pair_prompt"), loss, "nat/token", "loss without the block"),
+        "block_loss": variable(
+            ("block", "pair_prompt"), [loss[block] for block in blocks], "nat/token", "loss without the block"
+        ),
     }
