@@ -174,7 +174,8 @@ class LayerKnockout(Record):
         """Synergy under the multiplicative null: ln(K_ij/B) - ln(K_i/B) - ln(K_j/B) [pair]."""
         baseline = float(self._pair_baseline)
         pair, parts = (xr.apply_ufunc(np.log1p, rise / baseline) for rise in (self.pair_delta, self.pair_parts))
-        return pair - parts.sum("part")
+        synergy: xr.DataArray = pair - parts.sum("part")
+        return synergy
 
     def of_pair(self, quantity: xr.DataArray, i: int, j: int) -> float:
         """The entry of a per-pair quantity that belongs to layers i and j."""
