@@ -15,8 +15,9 @@ from rich.table import Table
 
 from lab.errors import UserError
 from lab.subjects import weights
-from lab.subjects.catalog import catalog, facts, facts_of_model
+from lab.subjects.catalog import catalog, facts
 from lab.subjects.facts import Facts, Hub
+from lab.subjects.uncatalogued import named_model
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,20 +76,25 @@ def complete(
     name: Name,
     generator: Annotated[Literal["vllm", "transformers"], typer.Option(help="What generates.")] = "vllm",
     max_tokens: Annotated[int, typer.Option(help="Longest completion, end token included.")] = 128,
-    output: Annotated[Path | None, typer.Option(help="File to write (default: the committed one).")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write (default: the committed one; for other models, the cache).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where Transformers generates and the answers are checked.")] = "cpu",
 ) -> None:
     """Let a subject answer the prompt set, greedily, and save what it says."""
-    from lab.corpora import completions
+    from lab.corpora import completions, on_the_spot
 
     subject = resolve(name)
+    folder = weights.required_location(subject)
     console = Console(soft_wrap=True)
     saved = completions.complete(
         subject,
-        weights.required_location(subject),
-        output,
+        folder,
+        output or on_the_spot.new_path(subject, folder),
         generator=generator,
         max_tokens=max_tokens,
         report=lambda line: console.print(escape(line), highlight=False),
+        device=device,
     )
     console.print(f"{subject.name}: {saved}", highlight=False)
 
@@ -100,7 +106,7 @@ def resolve(name: str) -> Facts:
         UserError: it is none of them.
     """
     is_model = name not in catalog() and ("/" in name or name.endswith(".gguf") or Path(name).exists())
-    return facts_of_model(name) if is_model else facts(name)
+    return named_model(name) if is_model else facts(name)
 
 
 def _row(subject: Facts) -> tuple[str, ...]:

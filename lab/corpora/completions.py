@@ -34,6 +34,7 @@ def complete(
     generator: str = "vllm",
     max_tokens: int = 128,
     report: Callable[[str], None] | None = None,
+    device: str = "cpu",
 ) -> Path:
     """Generate, check and save the completions of a subject; the path of the file.
 
@@ -44,6 +45,7 @@ def complete(
         generator: `vllm` or `transformers`.
         max_tokens: longest completion, end token included.
         report: is told what happens, and which completions are degenerate, line by line.
+        device: where Transformers generates and the answers are checked.
 
     Raises:
         UserError: no environment for the generator, a generator that fails, an impossible setting.
@@ -53,14 +55,15 @@ def complete(
     prompt_set = prompts.load_prompts()
     rendered = [render(tokenizer, facts.frame, prompt_set.system_message, prompt.text) for prompt in prompt_set.prompts]
     ends = end_ids(folder, tokenizer)
+    _require_room(folder, facts.name, max(len(rendering.ids) for rendering in rendered), max_tokens)
     identity = _identity(facts, folder, tokenizer, prompt_set)  # now: files may change while the generator runs
     log = paths.cache() / "logs" / f"complete-{facts.name}.log"
     tell(f"{facts.name}: {len(rendered)} prompts, at most {max_tokens} tokens each, through {generator} ...")
-    generation = generate(generator, folder, [rendering.ids for rendering in rendered], ends, max_tokens, log)
+    generation = generate(generator, folder, [rendering.ids for rendering in rendered], ends, max_tokens, log, device)
     answers = zip(prompt_set.prompts, rendered, generation.answers, strict=True)
     completions = [_completion(*answer, tokenizer, facts.frame) for answer in answers]
     tell("comparing with the model's own argmax ...")
-    judged = _judged(folder, completions, special_ids(tokenizer))
+    judged = _judged(folder, completions, special_ids(tokenizer), device)
     settings = {
         **identity,
         "completion_source": "greedy",
@@ -95,6 +98,16 @@ def end_ids(folder: Path, tokenizer: Any) -> list[int]:
     if not found:
         raise UserError(f"{folder} names no end token; add eos_token_id to its generation_config.json")
     return sorted(found)
+
+
+def _require_room(folder: Path, name: str, longest: int, max_tokens: int) -> None:
+    """Refuse a model whose context is too short, which learned positions would turn into an index error."""
+    config = files.read_json(folder / "config.json", "model configuration")
+    text = config.get("text_config") or config
+    room = text.get("max_position_embeddings") or text.get("n_positions")
+    if isinstance(room, int) and longest + max_tokens > room:
+        taken = f"its prompts take up to {longest} of them and the answers {max_tokens}"
+        raise UserError(f"{name} reads at most {room} tokens, but {taken}; choose a model with a longer context")
 
 
 def summary(completions: Sequence[Completion]) -> list[str]:
@@ -140,12 +153,12 @@ def _completion(prompt: Prompt, rendering: Rendering, answer: Answer, tokenizer:
     )
 
 
-def _judged(folder: Path, completions: list[Completion], special: frozenset[int]) -> list[Completion]:
+def _judged(folder: Path, completions: list[Completion], special: frozenset[int], device: str) -> list[Completion]:
     """The same completions with agreement, loss and flags."""
     from lab.corpora.verification import verify
 
     judged = []
-    for entry, fit in zip(completions, verify(folder, completions, DTYPE), strict=True):
+    for entry, fit in zip(completions, verify(folder, completions, DTYPE, device), strict=True):
         known = replace(entry, greedy_agreement=fit.agreement, loss=fit.loss) if fit else entry
         judged.append(replace(known, flags=flags_of(known, special)))
     return judged

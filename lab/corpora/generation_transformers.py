@@ -16,11 +16,12 @@ BATCH = 16
 def generate(request: dict[str, Any]) -> list[dict[str, Any]]:
     """The greedy continuation of every prompt, the end token included where the model set one."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        request["model"], dtype=getattr(torch, request["dtype"]), local_files_only=True
-    ).eval()
+    model = model_class(request["model"]).from_pretrained(
+        request["model"], dtype=getattr(torch, request["dtype"]), use_safetensors=True, local_files_only=True
+    )
+    model = model.to(request.get("device", "cpu")).eval()
     # the model's own configuration goes: its penalties would make the text something else than the argmax
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -33,6 +34,15 @@ def generate(request: dict[str, Any]) -> list[dict[str, Any]]:
     return [answer for batch in batches for answer in _continuations(model, batch, set(request["end_ids"]))]
 
 
+def model_class(folder: str | Path) -> Any:
+    """The Transformers class that reads this folder as a language model; one with towers counts by its decoder."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
+
+
 def _continuations(model: Any, prompts: list[list[int]], end_ids: set[int]) -> list[dict[str, Any]]:
     import torch
 
@@ -40,7 +50,8 @@ def _continuations(model: Any, prompts: list[list[int]], end_ids: set[int]) -> l
     ids = torch.tensor([[prompt[0]] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.inference_mode():
-        continued = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
+        answers = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+    continued = answers[:, width:].tolist()
     return [_answer(row, end_ids) for row in continued]
 
 

@@ -27,6 +27,10 @@ _INSTALL = (
 )
 
 
+class GeneratorFailed(UserError):
+    """The generator's process ended without an answer; another generator may still manage."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a model went on with: ids, the end token included where it set one (`stop`), or cut off (`length`)."""
@@ -43,8 +47,19 @@ class Generation:
     versions: Mapping[str, Any]
 
 
+def vllm_is_here() -> bool:
+    """Whether there is an interpreter with vLLM, in `.venv-vllm` or where the environment variable says."""
+    return _vllm_interpreter().exists()
+
+
 def generate(
-    generator: str, folder: Path, prompts: Sequence[tuple[int, ...]], end_ids: Sequence[int], max_tokens: int, log: Path
+    generator: str,
+    folder: Path,
+    prompts: Sequence[tuple[int, ...]],
+    end_ids: Sequence[int],
+    max_tokens: int,
+    log: Path,
+    device: str = "cpu",
 ) -> Generation:
     """Greedy continuations in bfloat16.
 
@@ -55,20 +70,24 @@ def generate(
         end_ids: ids that end an answer.
         max_tokens: longest answer, end token included.
         log: where the generator's own words go.
+        device: where Transformers generates; vLLM takes the device that it was built for.
 
     Raises:
-        UserError: no environment for the generator, too many tokens, or a generator that fails.
+        UserError: no environment for the generator, or too many tokens.
+        GeneratorFailed: the generator ended without an answer.
     """
     interpreter = _interpreter(generator)
     room = MAX_MODEL_LEN - max(map(len, prompts))
     if not 1 <= max_tokens <= room:
-        raise UserError(f"--max-tokens must be between 1 and {room}, not {max_tokens}")
+        longest = f"the longest prompt takes {max(map(len, prompts))} of {MAX_MODEL_LEN} tokens"
+        raise UserError(f"--max-tokens must be between 1 and {room}, not {max_tokens}: {longest}")
     request = {
         "model": str(folder.resolve()),
         "prompts": [list(ids) for ids in prompts],
         "end_ids": list(end_ids),
         "max_tokens": max_tokens,
         "dtype": DTYPE,
+        "device": device,
     }
     response = _exchange(interpreter, Path(__file__).with_name(f"generation_{generator}.py"), request, log)
     return Generation(_answers(response, end_ids, len(prompts)), response.mapping("versions"))
@@ -79,12 +98,17 @@ def _interpreter(generator: str) -> Path:
         raise UserError(f"unknown generator {generator!r}; there are {' and '.join(GENERATORS)}")
     if generator == "transformers":
         return Path(sys.executable)
-    chosen = os.environ.get(INTERPRETER)
-    interpreter = Path(chosen) if chosen else paths.REPOSITORY / ".venv-vllm" / "bin" / "python"
+    interpreter = _vllm_interpreter()
     if not interpreter.exists():
+        chosen = os.environ.get(INTERPRETER)
         told = f"{INTERPRETER} names {interpreter}, which is not there" if chosen else "vLLM has no environment here"
         raise UserError(f"{told}; make one with {_INSTALL}, or use --generator transformers")
     return interpreter
+
+
+def _vllm_interpreter() -> Path:
+    chosen = os.environ.get(INTERPRETER)
+    return Path(chosen) if chosen else paths.REPOSITORY / ".venv-vllm" / "bin" / "python"
 
 
 def _exchange(interpreter: Path, program: Path, request: dict[str, Any], log: Path) -> Fields:
@@ -96,8 +120,15 @@ def _exchange(interpreter: Path, program: Path, request: dict[str, Any], log: Pa
         except OSError as error:
             raise UserError(f"cannot run the generator: {error}") from error
         if code or not answer.exists():
-            raise UserError(f"the generator {program.stem} failed with code {code}; its last words are in {log}")
+            raise GeneratorFailed(f"the generator {program.stem} failed with code {code}{_last_words(log)}")
         return Fields(files.read_json(answer, "generator's response"), "generator's response")
+
+
+def _last_words(log: Path) -> str:
+    """The last line of a log, which is the exception's where a program raised one, and where the rest stands."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    said = next((line for line in reversed(lines) if line), "")
+    return f" ({said[:160]}); its log is {log}" if said else f"; it said nothing in {log}"
 
 
 def _run(command: Sequence[Path], folder: str, log: Path) -> int:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lab.corpora.completions_file import Completion
 from lab.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -27,35 +24,41 @@ class Fit:
     loss: float
 
 
-def verify(folder: Path, completions: Sequence[Completion], dtype: str = "bfloat16") -> list[Fit | None]:
+def verify(
+    folder: Path, completions: Sequence[Completion], dtype: str = "bfloat16", device: str = "cpu"
+) -> list[Fit | None]:
     """Teacher-forced agreement and loss of every completion; None for an empty one.
 
     Args:
         folder: the model's safetensors.
         completions: answers; their end tokens are left out.
         dtype: the weights' type; logits are compared in it, losses are taken in float32.
+        device: where the model runs.
 
     Raises:
         UserError: a loss is not finite.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from lab.corpora.generation_transformers import model_class
     from lab.subjects.gguf import quiet_transformers
 
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True).eval()
+        loaded = model_class(folder).from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+        )
+    model = loaded.to(device).eval()
     with torch.inference_mode():
         return [_fit(model, completion) for completion in completions]
 
 
-def _fit(model: torch.nn.Module, completion: Completion) -> Fit | None:
+def _fit(model: Any, completion: Completion) -> Fit | None:
     import torch
 
     body = completion.body_ids
     if not body:
         return None
-    ids = torch.tensor([completion.prompt_token_ids + body])
+    ids = torch.tensor([completion.prompt_token_ids + body], device=model.device)
     # the logits at position t speak of token t + 1, so those of the last token are not needed
     logits = model(input_ids=ids, logits_to_keep=len(body) + 1).logits[0, :-1]
     targets = ids[0, -len(body) :]
