@@ -12,12 +12,12 @@ WRITE_RESULTS = --verdicts $(RESULTS)/verdicts.json --junitxml $(RESULTS)/junit.
 # Audit every claim on the published figures and measure the subjects; the verdict table is the result.
 findings: $(INSTALLED)
 	$(BIN)/python -m lab fetch $(SUBJECTS)
-	$(BIN)/pytest findings -q -m "published or (measured and not gpu)" $(SUBJECTS:%=--subject %) $(WRITE_RESULTS)
+	$(BIN)/pytest findings -m "published or (measured and not gpu)" $(SUBJECTS:%=--subject %) $(WRITE_RESULTS)
 
 # The instruments' calibration, then the whole suite against the committed snapshots.
 test: $(INSTALLED)
 	$(BIN)/python -m lab fetch smollm2-135m-instruct
-	$(BIN)/pytest findings -m "not benchmark" $(WRITE_RESULTS)
+	$(BIN)/pytest findings $(WRITE_RESULTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -121,7 +121,7 @@ def toy_world(folder, patch):
         facts("missing"),
         facts("famous", device="gpu", published=("toy",)),
     ]
-    corpus = SimpleNamespace(digest="toy corpus", problems=list)
+    corpus = SimpleNamespace(digest="toy corpus", settings={}, problems=list)
     loading = SimpleNamespace(
         load=lambda facts, dtype, device: SimpleNamespace(facts=facts, digest="toy weights", tokenizer=None)
     )
@@ -130,7 +130,8 @@ def toy_world(folder, patch):
     patch("lab.experiments.modules", lambda: {"toy": "toy_experiment"})
     patch("lab.paths.SNAPSHOTS", Path(folder) / "snapshots")
     patch("lab.paths.DATA", Path(folder) / "data")
-    patch("lab.subjects.catalog.catalog", lambda: {subject.name: subject for subject in subjects})
+    for place in ("catalog", "weights", "uncatalogued"):  # each has taken the name into its own
+        patch(f"lab.subjects.{place}.catalog", lambda: {subject.name: subject for subject in subjects})
     patch("lab.subjects.weights.location", lambda facts: None if facts.name == "missing" else Path(folder))
     patch("lab.subjects.weights.weights_digest", lambda folder: "toy weights")
     patch("lab.corpora.reading.committed_path", lambda subject: Path(folder) / "completions.json")
@@ -207,7 +208,13 @@ def imported() -> None:
 
     What `toy_world` patches must not be imported afresh, and compiled modules cannot be.
     """
-    for name in ("lab.corpora.corpus", "lab.corpora.reading", "lab.subjects.weights", "scipy.io"):
+    for name in (
+        "lab.corpora.corpus",
+        "lab.corpora.on_the_spot",
+        "lab.corpora.reading",
+        "lab.subjects.weights",
+        "scipy.io",
+    ):
         import_module(name)
 
 

@@ -87,6 +87,7 @@ def test_complete_hands_over_its_options(
         "output": Path("out.json"),
         "generator": "transformers",
         "max_tokens": 7,
+        "device": "cpu",
     }
     assert capsys.readouterr().out.splitlines() == ["[3] prompts", "gemma-3-270m: out.json"]
 

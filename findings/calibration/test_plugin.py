@@ -300,7 +300,9 @@ def test_unfit_completions_skip_with_the_reason(suite, monkeypatch):
     monkeypatch.setattr("lab.corpora.corpus.load_corpus", lambda facts, tokenizer, path: corpus)
     result = suite.run("-rs", "-k", "X-1.10")
     result.assert_outcomes(skipped=1)
-    result.stdout.fnmatch_lines(["SKIPPED*the completions of tiny are unfit: only 3 tokens can be scored"])
+    result.stdout.fnmatch_lines(
+        ["SKIPPED*the completions of tiny are unfit: only 3 tokens can be scored; *--corpus FILE"]
+    )
 
 
 def test_support_is_the_share_of_resamples_in_which_the_claim_holds(suite):

@@ -1,4 +1,4 @@
-"""The completions of any model, with nothing registered beforehand: committed ones, else the user's cache, else new ones.
+"""The completions of any model, registered or not: the committed ones, else those in the user's cache, else new ones.
 
 What is generated here is kept under a digest of everything that it depends on, so that a second run, or a
 second worker, finds it; a model that was trained on, or given another chat template, answers anew.
@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab import files, paths
-from lab.corpora import completions_file, generator, prompts
+from lab.corpora import completions_file, generator, prompts, reading
 from lab.corpora.completions import complete, summary
-from lab.corpora.reading import committed_path
-from lab.subjects import catalog
-from lab.subjects.weights import weights_digest
+from lab.subjects import catalog, weights
 
 if TYPE_CHECKING:
     from lab.subjects.catalog import Facts
@@ -33,15 +31,15 @@ def completions_path(facts: Facts, folder: Path) -> Path:
     The committed file of a catalogued subject counts as it is. For any other model a committed file
     counts only if these weights wrote it: folders of checkpoints often share a name.
     """
-    committed = committed_path(facts.name)
+    committed = reading.committed_path(facts.name)
     known = facts.name in catalog.catalog()
-    own = committed.exists() and (known or _writer(committed) == weights_digest(folder))
+    own = committed.exists() and (known or _writer(committed) == weights.weights_digest(folder))
     return committed if own else _cached_path(facts, folder)
 
 
 def new_path(facts: Facts, folder: Path) -> Path:
     """Where `python -m lab complete` writes: the file to commit for a catalogued subject, else the cache."""
-    return committed_path(facts.name) if facts.name in catalog.catalog() else _cached_path(facts, folder)
+    return reading.committed_path(facts.name) if facts.name in catalog.catalog() else _cached_path(facts, folder)
 
 
 def ensure(facts: Facts, folder: Path, tell: Tell, device: str = "cpu") -> Path:
@@ -88,7 +86,7 @@ def _require_sound(facts: Facts) -> None:
 
 
 def _cached_path(facts: Facts, folder: Path) -> Path:
-    digest = hashlib.sha256(f"{completions_file.FORMAT}\0{facts.frame}\0{weights_digest(folder)}".encode())
+    digest = hashlib.sha256(f"{completions_file.FORMAT}\0{facts.frame}\0{weights.weights_digest(folder)}".encode())
     deciding = [prompts.default_path(), *(folder / name for name in _DECIDING)]
     for file in deciding:
         digest.update(f"\0{file.name} {files.sha256(file) if file.exists() else None}".encode())

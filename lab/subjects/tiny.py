@@ -50,6 +50,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "mamba_chunk_size": 8,
         "lm_head_multiplier": 0.5,
     },
+    "qwen3_next": {
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 3.0},
 }

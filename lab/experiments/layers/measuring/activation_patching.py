@@ -52,7 +52,7 @@ def measure(subject: LoadedSubject, budget: Budget, sweep: Sweep) -> xr.Dataset:
     groups = list(_groups(chosen, budget.batch_tokens))
     parts, done = [], 0
     for index, group in enumerate(groups):
-        parts.append(sweep.shard(f"patching {index}", partial(_patched, subject.decoder, group)))
+        parts.append(sweep.shard(f"patching {index}", partial(patched, subject.decoder, group)))
         done += len(group)
         sweep.progress(done, len(chosen), "minimal pairs")
     found = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
@@ -134,7 +134,7 @@ def _side(decoder: Decoder, group: Sequence[TokenPair], name: str) -> Side:
     return Side(batch, tuple(state for _, state in Executor(decoder).trace(batch)))
 
 
-def _patched(decoder: Decoder, group: Sequence[TokenPair]) -> Arrays:
+def patched(decoder: Decoder, group: Sequence[TokenPair]) -> Arrays:
     """Preferences [..., pair] of one batch of pairs."""
     clean, corrupted = (_side(decoder, group, name) for name in ("clean", "corrupted"))
     n = decoder.n_layers
