@@ -286,6 +286,7 @@ def test_a_failed_measurement_is_one_line_and_not_repeated(suite):
     result.assert_outcomes(errors=4)
     assert suite.measurements == 1
     assert "Traceback" not in str(result.stdout)
+    assert "another exception" not in str(result.stdout)
     assert "def " not in str(result.stdout)
 
 

@@ -203,7 +203,7 @@ def test_against_compares_with_another_subject(suite):
     suite.run("--subject", "small", "--against", "tiny").assert_outcomes(passed=4, xfailed=1, skipped=1)
     suite.values({"loss": [3.0] * 4, "layer_loss": [[1.0] * 4] * 3})
     result = suite.run("--subject", "small", "--against", "tiny", "--fresh", "-k", "toy_matches or X-1.1")
-    result.stdout.fnmatch_lines(["*the snapshot of tiny says holds (measured 0.99, needed < 2); now it fails"])
+    result.stdout.fnmatch_lines(["*on tiny the verdict is holds (measured 0.99, needed < 2); here it is refuted"])
     result.assert_outcomes(passed=2, failed=3)
 
 

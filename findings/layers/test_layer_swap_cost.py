@@ -6,7 +6,7 @@ otherwise, the claim stays and its lettered siblings state what the data do supp
 
 import numpy as np
 
-from fixtures.claims import claim
+from fixtures.claims import claim, not_applicable
 from lab.statistics.mantel import mantel_p_value, matrix_correlation
 from lab.statistics.ranks import spearman
 
@@ -120,6 +120,8 @@ def test_the_end_layers_hold_most_of_the_costliest_twentieth(layer_swap_cost):
     """
     ends = set(layer_swap_cost.ends)
     costliest = layer_swap_cost.pairs_by_cost[::-1][: round(0.05 * len(layer_swap_cost.pairs_by_cost))]
+    if not costliest:
+        not_applicable(f"5 % of {len(layer_swap_cost.pairs_by_cost)} swaps is not one")
     assert np.mean([bool(ends & set(pair)) for pair in costliest]) >= 0.7
 
 

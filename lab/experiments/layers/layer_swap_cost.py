@@ -406,7 +406,14 @@ def _update_correlation(subject: LoadedSubject, executor: Any, texts: Sample, ba
 # the steps of a curve (support 0.6 to 0.7 on SmolLM2). All passes together read 157 thousand tokens at full depth.
 QUICK = Budget(prompts=7, tokens=16, context_stride=6, move_layers=6, swap_groups=4, batch_tokens=256)
 FULL = Budget(prompts=None, tokens=None, context_stride=1, move_layers=None, swap_groups=12, batch_tokens=16384)
-LOSS = Tolerance(0.02, 0.02, "bfloat16 kernels differ between builds and thread counts by up to 1 % of a loss")
+LOSS = Tolerance(
+    0.02, 0.05, "other kernels moved T-2's losses by 1 % (AVX2 for AVX-512); a delta is a difference of two"
+)
+TOLERANCES = {
+    "": LOSS,
+    "neighbour_kl": Tolerance(0.05, 0.02, "other kernels moved T-2's divergences by 2 %"),
+    "neighbour_top1_agreement": Tolerance(0.05, 0.04, "other kernels moved T-2's agreement by 0.025 on 157 tokens"),
+}
 EXPERIMENT = Experiment(
     id="T-3",
     title="Layer swap cost",
@@ -414,5 +421,5 @@ EXPERIMENT = Experiment(
     record=LayerSwapCost,
     measure=measure,
     budgets={"quick": QUICK, "full": FULL},
-    tolerances={"": LOSS},
+    tolerances=TOLERANCES,
 )
