@@ -1,7 +1,6 @@
 """Known answers of the layer swap sweep, and the published figures against each other."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +10,11 @@ from torch import nn
 from torch.nn import functional
 
 from lab import published
-from lab.corpora.corpus import Corpus, Text
 from lab.experiments.layers.layer_swap_cost import Budget, LayerSwapCost, attention_kinds, measure, move, spread
 from lab.residual.programs import order, swap
 from lab.statistics.clustering import clusters, condensed
 from lab.store import Sweep
-from lab.subjects.anatomy import Decoder
-from lab.subjects.tiny import LAYERS, VOCABULARY, tiny
+from lab.subjects.tiny import LAYERS, loaded, random_corpus, tiny
 
 pytestmark = pytest.mark.calibration
 
@@ -25,26 +22,8 @@ WIDTH = 32
 BUDGET = Budget(prompts=None, tokens=None, context_stride=2, move_layers=None, swap_groups=3, head_dtype="float32")
 
 
-def subject_of(model):
-    """What `measure` needs of a loaded subject."""
-    decoder = Decoder(model)
-    return SimpleNamespace(
-        model=model, decoder=decoder, facts=SimpleNamespace(vocabulary=VOCABULARY), device=decoder.device
-    )
-
-
-def corpus_of(lengths=((7, 5), (4, 9), (9, 3)), seed=0):
-    """Random texts with so many prompt and completion tokens."""
-    generator = np.random.default_rng(seed)
-    texts = []
-    for index, (prompt, completion) in enumerate(lengths):
-        ids = tuple(generator.integers(VOCABULARY, size=prompt + completion).tolist())
-        texts.append(Text(f"p{index}", "random", ids[:prompt], ids[prompt:], (2, prompt), (True,) * completion))
-    return Corpus("tiny", tuple(texts), None, {}, {}, ("random",))
-
-
 def record_of(model, corpus=None, budget=BUDGET, sweep=None):
-    data = measure(subject_of(model), corpus or corpus_of(), budget, sweep or Sweep())
+    data = measure(loaded(model), corpus or random_corpus(), budget, sweep or Sweep())
     return LayerSwapCost(data.assign_attrs(subject="tiny", source="measured", condition="full-float32"))
 
 
@@ -84,7 +63,7 @@ def record(model):
 
 
 def test_swaps_equal_the_plain_loop(model, record):
-    corpus = corpus_of()
+    corpus = random_corpus()
     for part, prefix in (("completion", ""), ("context", "context_")):
         intact = naive_losses(model, corpus, range(LAYERS), part)
         assert np.allclose(record.data[f"{prefix}baseline_loss"], intact, atol=1e-5)
@@ -97,7 +76,7 @@ def test_swaps_equal_the_plain_loop(model, record):
 
 
 def test_moves_equal_the_plain_loop(model, record):
-    corpus = corpus_of()
+    corpus = random_corpus()
     intact = naive_losses(model, corpus, range(LAYERS), "completion")
     for layer, slot, layers in ((0, 3, [1, 2, 3, 0, 4]), (4, 1, [0, 4, 1, 2, 3]), (2, 4, [0, 1, 3, 4, 2])):
         assert move(LAYERS, layer, slot) == order(layers)
@@ -120,15 +99,15 @@ def test_exchanging_or_moving_a_layer_to_its_own_place_costs_exactly_nothing(rec
 
 def test_two_layers_can_only_be_reversed():
     model = tiny("llama", num_hidden_layers=2)
-    corpus = corpus_of()
+    corpus = random_corpus()
     rise = naive_losses(model, corpus, [1, 0], "completion") - naive_losses(model, corpus, [0, 1], "completion")
     assert np.allclose(record_of(model).data["swap_loss_delta"].sel(layer=0, layer_other=1), rise, atol=1e-5)
 
 
 def test_kinds_of_attention_are_the_configurations():
-    subject = subject_of(tiny("gemma3_text"))
+    subject = loaded(tiny("gemma3_text"))
     assert attention_kinds(subject) == list(subject.model.config.layer_types)
-    measured = measure(subject, corpus_of(), BUDGET, Sweep())
+    measured = measure(subject, random_corpus(), BUDGET, Sweep())
     assert measured["attention_kind"].values.tolist() == [1, 0, 1, 1, 0]
     assert '"attention_kinds": ["full_attention", "sliding_attention"]' in measured.attrs["settings"]
 
@@ -216,14 +195,14 @@ def test_identities_hold_in_the_record_and_in_every_resample(record):
 
 
 def test_the_order_of_prompts_does_not_matter(model, record):
-    corpus = corpus_of()
+    corpus = random_corpus()
     reversed_record = record_of(model, replace(corpus, texts=corpus.texts[::-1]))
     assert np.allclose(reversed_record.cost, record.cost, atol=1e-6)
     assert np.allclose(reversed_record.context_cost, record.context_cost, atol=1e-6)
 
 
 def test_parts_of_the_corpus_average_by_token_counts(model, record):
-    corpus = corpus_of()
+    corpus = random_corpus()
     parts = [record_of(model, replace(corpus, texts=texts)) for texts in (corpus.texts[:1], corpus.texts[1:])]
     tokens = np.array([int(part.data["scored_tokens"].sum()) for part in parts])
     average = sum(part.cost * count for part, count in zip(parts, tokens, strict=True)) / tokens.sum()
@@ -231,7 +210,7 @@ def test_parts_of_the_corpus_average_by_token_counts(model, record):
 
 
 def test_updates_correlate_as_their_token_means_do(model, record):
-    corpus = corpus_of()
+    corpus = random_corpus()
     updates = []
     for text in corpus.texts:
         with torch.no_grad():
