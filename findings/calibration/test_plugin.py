@@ -114,6 +114,12 @@ def test_gpu_subjects_wait_to_be_asked_for(suite, monkeypatch):
     nothing.stdout.fnmatch_lines(["* need a CUDA device: there is none here"])
 
 
+def test_a_large_model_runs_on_the_cpu_if_the_user_insists(suite):
+    asked = ("--collect-only", "-q", "-k", "test_loss", "--subject", "famous")
+    assert named(suite.run(*asked)) == []
+    assert named(suite.run(*asked, "--device", "cpu")) == ["test_loss[famous]"]
+
+
 def test_published_and_measured_ids_of_one_subject_differ(suite, monkeypatch):
     suite.publish()
     monkeypatch.setattr("fixtures.collection.cuda_is_here", lambda: True)
