@@ -21,16 +21,14 @@ from lab.residual.programs import identity, skip
 from lab.residual.sweeps import ProgramLosses, sample, token_mean
 from lab.store import Sweep
 
-pytestmark = [pytest.mark.benchmark(group="knockout sweep of all layers, 14 prompts")]
+pytestmark = [pytest.mark.benchmark(group="knockout sweep of all layers, 50 prompts")]
 
-#: two prompts per category, whole completions: what more prompts add is more of the same
-PROMPTS = 14
 BATCH_TOKENS = EXPERIMENT.budgets["quick"].batch_tokens
 
 
 @pytest.fixture(scope="module")
 def texts(smollm2):
-    return sample(load_corpus(smollm2.facts, smollm2.tokenizer), PROMPTS, None)
+    return sample(load_corpus(smollm2.facts, smollm2.tokenizer), None, None)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +85,7 @@ MEMORY = """
     from lab.residual.sweeps import sample
     from lab.subjects.catalog import facts
     from lab.subjects.loading import load
-    from {module} import PROMPTS, executor_sweep
+    from {module} import executor_sweep
 
     def resident(name):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -95,7 +93,7 @@ MEMORY = """
 
     before = resident("RssAnon")
     subject = load(facts("smollm2-135m-instruct"))
-    texts = sample(load_corpus(subject.facts, subject.tokenizer), PROMPTS, None)
+    texts = sample(load_corpus(subject.facts, subject.tokenizer), None, None)
     Path("/proc/self/clear_refs").write_text("5")
     executor_sweep(subject, texts)
     tokens = sum(len(text.ids) for text in texts.texts)
