@@ -19,6 +19,8 @@ from lab.errors import NotApplicable
 
 RESAMPLES = 500
 SEED = 20260704
+INTERVAL = (2.5, 97.5)  #: percentiles between which 95 % of the resamples lie
+BOUNDS = xr.Variable("bound", ["low", "high"])
 
 
 class Record:
@@ -32,6 +34,9 @@ class Record:
     #: sampling dimension -> variable that holds its weights (scored tokens), or None for equal weights;
     #: a variable whose tokens are others says so in its attribute `weights`
     sampling: ClassVar[Mapping[str, str | None]] = {"prompt": "scored_tokens"}
+
+    #: names of properties that figures draw with their bootstrap interval; a snapshot keeps these intervals
+    profiles: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, data: xr.Dataset):
         self.data = data
@@ -102,6 +107,32 @@ class Record:
         """
         generators = {name: np.random.default_rng([SEED, *name.encode()]) for name in self.sampling_sizes}
         return [self._resampled(generators) for _ in range(RESAMPLES)] if generators else []
+
+    def band(self, name: str) -> xr.DataArray | None:
+        """The 95 % bootstrap interval of a property [bound: low, high; ...]; None where nothing was sampled.
+
+        The percentile interval over `resamples`. A record that was read from a snapshot has those of its
+        `profiles` that the snapshot keeps.
+        """
+        if not self.resamples:
+            kept: xr.DataArray | None = self.kept_bands.get(name)
+            return kept
+        if name not in self._bands:
+            values = [getattr(resample, name) for resample in self.resamples]
+            with np.errstate(all="ignore"):
+                low, high = np.nanpercentile(np.stack([np.asarray(value) for value in values]), INTERVAL, axis=0)
+            like = getattr(self, name)
+            self._bands[name] = xr.concat([like.copy(data=low), like.copy(data=high)], BOUNDS)
+        return self._bands[name]
+
+    @cached_property
+    def _bands(self) -> dict[str, xr.DataArray]:
+        return {}
+
+    @cached_property
+    def kept_bands(self) -> dict[str, xr.DataArray]:
+        """Intervals that came with the numbers: those of a snapshot, else none."""
+        return dict(self.data.attrs.get("bands", {}))
 
     def summary(self) -> xr.Dataset:
         """The record without sampling dimensions: the numbers that a snapshot holds."""

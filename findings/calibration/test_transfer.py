@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from fixtures import comparison, devices, transfer
+from fixtures import devices, transfer
 from fixtures.options import Options
 from fixtures.verdicts import Result
 from lab import experiments, paths
 from lab.experiments import Experiment, Tolerance
 from lab.records import Record
+from lab.snapshots import comparison
 from lab.subjects.catalog import default_subject, facts
 
 pytestmark = pytest.mark.calibration

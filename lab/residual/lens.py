@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lab.subjects import products
 from lab.subjects.anatomy import Decoder
 
 #: Size of each of the four buffers of logits and probabilities: products of many rows run faster.
@@ -77,7 +78,7 @@ class LensHead:
         """Logits of residual states [n, d], scaled and capped as the model does, in `out` [n, V], float32."""
         normed = self._norm(states.to(self.dtype))
         product = self._buffer(out)[: len(states)]
-        torch.mm(normed, self._weight.t(), out=product)
+        products.linear_into(normed, self._weight, product)
         if self._bias is not None:
             product.add_(self._bias)
         shaped = self._head.shape_logits_(product)

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.errors import UserError
+from lab.subjects import products
 
 #: Configuration entries by which some architectures multiply (Cohere, Falcon-H1) or divide (Granite) their logits.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
@@ -50,7 +50,7 @@ class Head:
     def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """Logits [..., V] in float32, the product taken in `dtype`."""
         weight, bias = self.cast(dtype)
-        return self.shape_logits_(F.linear(hidden.to(dtype), weight, bias).float())
+        return self.shape_logits_(products.linear(hidden.to(dtype), weight, bias).float())
 
     def shape_logits_(self, logits: Tensor) -> Tensor:
         """Scale and cap raw logits in place, as the model does."""

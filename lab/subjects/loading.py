@@ -16,6 +16,7 @@ from lab.subjects.anatomy import Decoder
 from lab.subjects.configuration import read_config
 from lab.subjects.facts import Facts
 from lab.subjects.gguf import quiet_transformers
+from lab.subjects.products import widen_slow_products
 from lab.subjects.weights import required_location, weights_digest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -57,6 +58,7 @@ def load(facts: Facts, dtype: str = "bfloat16", device: str = "cpu") -> LoadedSu
     folder = required_location(facts)
     model = _model(folder, facts.name, DTYPES[dtype], place)
     require_finite(model, facts.name)
+    widen_slow_products(model)
     return LoadedSubject(
         facts=facts,
         model=model,

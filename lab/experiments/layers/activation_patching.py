@@ -42,6 +42,7 @@ class ActivationPatching(Record):
     """
 
     sampling: ClassVar = {"minimal_pair": None}
+    profiles: ClassVar = ("residual_recovery", "update_recovery", "update_damage")
 
     @cached_property
     def _range(self) -> xr.DataArray:

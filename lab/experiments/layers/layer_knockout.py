@@ -38,6 +38,7 @@ class LayerKnockout(Record):
     """
 
     sampling: ClassVar = {"prompt": "scored_tokens", "pair_prompt": "pair_scored_tokens"}
+    profiles: ClassVar = ("loss_delta", "loss_ratio", "kl", "top1_agreement")
 
     @cached_property
     def baseline_loss(self) -> xr.DataArray:

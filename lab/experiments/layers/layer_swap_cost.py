@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import xarray as xr
@@ -46,6 +46,8 @@ class LayerSwapCost(Record):
     Dimensions: `layer` and `layer_other` (the exchanged layers), `neighbour` (a layer exchanged with
     the next), `moved_layer` and `slot` (a layer and where it is put), `prompt`.
     """
+
+    profiles: ClassVar = ("layer_cost", "mean_by_distance")
 
     @cached_property
     def baseline_loss(self) -> xr.DataArray:

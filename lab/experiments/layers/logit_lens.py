@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import xarray as xr
@@ -48,6 +48,7 @@ class LogitLens(Record):
     """
 
     TOKEN_TYPES = TOKEN_TYPES
+    profiles: ClassVar = ("top1", "top5", "median_rank", "entropy")
 
     def __init__(self, data: xr.Dataset, prompts: np.ndarray | None = None):
         """Wrap a record.
