@@ -29,19 +29,42 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import CenteredNorm, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from lab import files
 from lab.errors import NotApplicable, UserError
 from lab.records import Record
+from lab.report.scales import Scale, set_scale
 from lab.report.style import DIVERGING, INK, MUTED, SEQUENTIAL, SETTINGS, looks
+from lab.report.svg import tidy
+
+__all__ = [
+    "FORMATS",
+    "Quantity",
+    "Scale",
+    "bars",
+    "curves",
+    "dendrogram",
+    "depth_profiles",
+    "heatmap",
+    "legend",
+    "mosaic",
+    "name_of",
+    "panels",
+    "reference",
+    "relative_depth",
+    "save",
+    "scatter",
+    "set_scale",
+    "svg",
+    "value",
+]
 
 WIDTH = 7.2  #: inches; a page's column, and two columns of a paper
 PANEL_HEIGHT = 2.6  #: inches
 DEPTH_LABEL = "relative depth [layer / number of layers]"
 FORMATS = ("svg", "png", "pdf")
 
-Scale = Literal["linear", "log", "symlog"]
 #: a property of the records by name, or a function of a record; only a named one has a band
 Quantity = str | Callable[[Any], xr.DataArray]
 
@@ -181,7 +204,7 @@ def bars(
         band = record.band(quantity) if isinstance(quantity, str) else None
         if band is not None:
             axes.vlines(places, band.sel(bound="low").values, band.sel(bound="high").values, color=INK, linewidth=1)
-    axes.set_xticks(range(len(groups)), [str(name) for name in (names or groups)])
+    axes.set_xticks(range(len(groups)), [str(name).replace("_", "\n") for name in (names or groups)], fontsize=7)
     axes.grid(False, axis="x")
     return _labelled(axes, having, x_label, label)
 
@@ -274,24 +297,6 @@ def name_of(record: Record) -> str:
     return looks([record])[0].label
 
 
-def set_scale(axes: Axes, scale: Scale, linear_below: float = 0.1) -> None:
-    """Set the scale of the y axis, once everything is drawn.
-
-    Args:
-        scale: `symlog` is logarithmic, and linear within +-`linear_below` where something lies at or below 0.
-    """
-    if scale == "linear":
-        return
-    low, _ = axes.dataLim.intervaly
-    if scale == "symlog" and low <= 0:
-        axes.set_yscale("symlog", linthresh=linear_below)
-    else:
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(_few_minor_labels(axes))
-    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-    axes.autoscale_view()
-
-
 # ---- files
 
 
@@ -307,10 +312,7 @@ def svg(figure: Figure, *, title: str, description: str, prefix: str = "figure")
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
         FigureCanvasSVG(figure).print_svg(text, metadata=nothing)  # type: ignore[no-untyped-call]
-    element = text.getvalue()[text.getvalue().index("<svg") :].rstrip()
-    element = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|(?<=>)\s+(?=<)", "", element, flags=re.DOTALL)
-    element = _prefixed(element, prefix)
-    element = re.sub(r'(?<= d=")[^"]*', lambda path: _rounded(path[0]), element)
+    element = tidy(text.getvalue(), prefix)
     named = f'role="img" aria-labelledby="{prefix}-title {prefix}-description"'
     said = f'<title id="{prefix}-title">{escape(title)}</title>'
     said += f'<desc id="{prefix}-description">{escape(description)}</desc>'
@@ -339,33 +341,6 @@ def save(figure: Figure, path: Path, *, title: str, description: str) -> None:
         else:
             about = {"Title": title, "Subject": description, "CreationDate": None}
             FigureCanvasPdf(figure).print_pdf(str(part), metadata=about)  # type: ignore[no-untyped-call]
-
-
-def _prefixed(element: str, prefix: str) -> str:
-    """Identifiers with the prefix; those that nothing refers to are left out, for equal images share one."""
-    used = set(re.findall(r'(?:href="|url\()#([^")]+)', element))
-    kept = re.sub(r' id="([^"]*)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", element)
-    return re.sub(r'(href="|url\()#', rf"\1#{prefix}-", kept)
-
-
-def _rounded(path: str) -> str:
-    return re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), path)
-
-
-def _plain(at: float, _: int | None = None) -> str:
-    return f"{at:,.10g}".replace("-", "\N{MINUS SIGN}")
-
-
-def _few_minor_labels(axes: Axes) -> FuncFormatter:
-    # A logarithmic axis of less than a decade or two has too few numbers at powers of ten alone.
-    def formatted(at: float, position: int | None = None) -> str:
-        low, high = axes.get_ylim()
-        decades = np.log10(high / low)
-        leading = round(at / 10.0 ** np.floor(np.log10(at)))
-        wanted = {2, 3, 4, 5, 6, 7, 8} if decades < 0.7 else {2, 5} if decades < 2.2 else set()
-        return _plain(at) if leading in wanted else ""
-
-    return FuncFormatter(formatted)
 
 
 def _labels(record: Record, quantity: Quantity) -> list[Any]:

@@ -20,7 +20,7 @@ RULE = "#dedede"  #: grid
 PAPER = "#ffffff"  #: background, and the inside of open markers
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#a6548b", "#8a6d00", "#3a9bd6", "#e69f00", "#555555")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "+++", "ooo")
+HATCHES = ("", "///", "\\\\\\", "---", "|||", "xxx", "+++", "//")  #: of lines only: dots make files large
 SEQUENTIAL, DIVERGING = "cividis", "RdBu_r"  #: colour maps that stay ordered without colour vision
 
 #: matplotlib's settings for every figure; the salt makes identifiers, and with them the file, repeatable
@@ -128,5 +128,5 @@ def themed(svg: str) -> str:
     names = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"}
     names |= {colour: f"series-{number}" for number, colour in enumerate(SERIES, 1)}
     # Only whole colours inside style attributes: gradients and hatches keep their identifiers.
-    pattern = re.compile(rf"(?<=: )({'|'.join(names)})\b", re.IGNORECASE)
+    pattern = re.compile(rf"(?<=[: ])({'|'.join(names)})\b", re.IGNORECASE)
     return pattern.sub(lambda found: f"var(--figure-{names[found[0].lower()]}, {found[0]})", svg)
