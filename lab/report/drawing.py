@@ -29,12 +29,12 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import CenteredNorm, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lab import files
 from lab.errors import NotApplicable, UserError
 from lab.records import Record
-from lab.report.scales import Scale, set_scale
+from lab.report.scales import Scale, plain, set_scale
 from lab.report.style import DIVERGING, INK, MUTED, SEQUENTIAL, SETTINGS, looks
 from lab.report.svg import tidy
 
@@ -239,6 +239,8 @@ def heatmap(
     drawn = axes.imshow(values, cmap=colours, norm=norm, interpolation="nearest", extent=extent, aspect="auto")
     bar = axes.figure.colorbar(drawn, ax=axes, extend="both" if limits or scale == "diverging" else "neither")
     bar.set_label(label)
+    if scale == "log":
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(plain))
     bar.outline.set_visible(False)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.set_box_aspect(values.shape[0] / values.shape[1] if 0.5 <= values.shape[0] / values.shape[1] <= 2 else None)
@@ -265,7 +267,7 @@ def dendrogram(
     for x, y in zip(tree["icoord"], tree["dcoord"], strict=True):
         axes.plot(x, y, color=INK, linewidth=0.9)
     leaves = 5 + 10 * np.arange(len(tree["ivl"]))  # scipy sets leaves 10 apart
-    axes.set_xticks(leaves, [str(leaf) for leaf in tree["ivl"]], rotation=90, fontsize=6)
+    axes.set_xticks(leaves, [str(leaf) for leaf in tree["ivl"]], rotation=90, fontsize=6 if len(leaves) <= 30 else 5)
     if cut is not None:
         axes.axhline(cut, color=MUTED, linestyle="--", linewidth=0.9)
     axes.set(xlabel="layer", ylabel=label, title=title)
