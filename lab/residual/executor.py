@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lab.corpora.batches import TokenBatch
 from lab.errors import UserError
-from lab.residual.memory import keep_freed_memory
+from lab.memory import keep_freed_memory
 from lab.residual.programs import Program, Step
 from lab.residual.tree import Edge, Frontier, Node, layer_applications, prefix_tree
 from lab.subjects.anatomy import Decoder, hidden_of
