@@ -271,6 +271,6 @@ def environment() -> Environment:
 
 def _page(results: Results, path: str, template: str | None = None, **told: Any) -> tuple[str, str]:
     navigation = [{"path": place, "title": title} for place, title in NAVIGATION]
-    common = {"root": "../" * path.count("/"), "here": path, "navigation": navigation}
+    common: dict[str, Any] = {"root": "../" * path.count("/"), "here": path, "navigation": navigation}
     common |= {"labels": results.labels, "fresh": bool(results.fresh)}
     return path, environment().get_template(template or path).render(common | told) + "\n"

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+
+import matplotlib
 
 from lab import files, paths
 from lab.errors import UserError
-from lab.report import prose
-from lab.report.figures import figure_of
+from lab.report import drawing, output, prose
 from lab.report.pages import Discrepancy, discrepancies, rows
 from lab.report.recorded import records_of
 from lab.report.results import Column, Results
+from lab.report.style import SETTINGS
 
 BEGIN = "<!-- results: written by `python -m lab report --readme README.md` -->"
 END = "<!-- results: end -->"
-FIGURE = "layer_knockout"  #: the experiment whose figure the README shows
+FIGURE, QUANTITY = "layer_knockout", "loss_delta"  #: the profile that the README shows
 DRAWING = paths.DATA / "figures" / f"{FIGURE}.svg"
+LEGEND = (
+    "✓ holds, ✗ refuted, – not applicable; ≈ of those that hold, fragile (support below 0.95). A claim about every "
+    "layer counts once, and holds if it holds at all of them."
+)
 
 
 def write(results: Results, readme: Path) -> list[Path]:
@@ -31,11 +37,20 @@ def write(results: Results, readme: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"cannot read {readme}: {error.strerror or error}") from error
     updated = update(text, generated(results), readme)
-    figure, records = figure_of(FIGURE), records_of(FIGURE, results.snapshots)
-    assert figure is not None
-    figure.save(records, DRAWING)
+    files.write_text(DRAWING, figure(results))
     files.write_text(readme, updated)
     return [readme, DRAWING]
+
+
+def figure(results: Results) -> str:
+    """The figure that the README shows: what skipping each layer costs, as an SVG file."""
+    with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
+        drawn, (axes,) = drawing.panels()
+        records = records_of(FIGURE, results.snapshots)
+        label = "rise of the loss [nat/token]"
+        drawing.depth_profiles(axes, records, QUANTITY, label=label, scale="symlog")
+        drawing.legend(drawn, records)
+    return output.svg_file(drawn, title="One decoder layer skipped", description=_alternative(results))
 
 
 def update(text: str, part: str, readme: Path) -> str:
@@ -52,20 +67,21 @@ def update(text: str, part: str, readme: Path) -> str:
 
 def generated(results: Results) -> str:
     """The generated part, as Markdown."""
-    figure, records = figure_of(FIGURE), records_of(FIGURE, results.snapshots)
-    assert figure is not None
-    alternative = re.sub(r"\s+", " ", figure.describe(records)).replace("]", ")").replace("[", "(")
-    image = f"![{alternative}]({DRAWING.relative_to(paths.REPOSITORY).as_posix()})"
-    found = discrepancies(results)
-    contradicted = [f"- {_discrepancy(one)}" for one in found]
-    said = "Published sentences that the published figures refute, beside what they support:" if found else ""
-    return "\n".join([image, "", *_matrix(results), "", LEGEND, *(["", said, ""] if said else []), *contradicted])
+    image = f"![{_alternative(results)}]({DRAWING.relative_to(paths.REPOSITORY).as_posix()})"
+    return "\n".join([image, "", *_matrix(results), "", LEGEND, *_contradicted(discrepancies(results))])
 
 
-LEGEND = (
-    "✓ holds, ✗ refuted, – not applicable; ≈ of those that hold, fragile (support below 0.95). A claim about every "
-    "layer counts once, and holds if it holds at all of them."
-)
+def _alternative(results: Results) -> str:
+    subjects = [drawing.name_of(record) for record in records_of(FIGURE, results.snapshots)]
+    return f"Rise of the completion loss when one decoder layer is skipped, over relative depth: {'; '.join(subjects)}"
+
+
+def _contradicted(found: Sequence[Discrepancy]) -> list[str]:
+    if not found:
+        return []
+    said = f"{len(found)} published sentences are refuted by the published figures themselves"
+    lines = [f"- {_discrepancy(one)}" for one in found]
+    return ["", f"<details><summary>{said}</summary>", "", *lines, "", "</details>"]
 
 
 def _matrix(results: Results) -> list[str]:
