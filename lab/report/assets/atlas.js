@@ -58,7 +58,7 @@ heads.forEach((head, column) => {
   head.append(button);
 });
 form.hidden = false;
-form.addEventListener("input", filter);
+for (const kind of ["input", "change"]) form.addEventListener(kind, filter); // not every tool fires both
 form.addEventListener("submit", (event) => event.preventDefault());
 form.addEventListener("reset", () => setTimeout(filter));
 filter();
