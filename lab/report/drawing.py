@@ -276,7 +276,7 @@ def legend(figure: Figure, records: Sequence[Record], *, bands: bool = True) -> 
     """One legend for all panels, above them: subjects, which numbers are published, and what a band is."""
     handles = [Line2D([], [], label=look.label, **look.line()) for look in looks(records)]
     if bands and any(record.kept_bands or record.sampling_sizes for record in records):
-        label = "95 % bootstrap interval over prompts"
+        label = "95 % bootstrap interval"
         handles.append(Line2D([], [], color=MUTED, alpha=0.3, linewidth=6, label=label))
     figure.legend(handles=handles, loc="outside upper left", ncols=min(3, len(handles)), handlelength=2.6)
 

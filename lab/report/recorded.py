@@ -14,6 +14,7 @@ from lab.errors import UserError
 from lab.records import Record
 from lab.snapshots.addresses import UPDATE, WHAT, Address, all_addresses, load
 from lab.snapshots.numbers import to_record
+from lab.subjects.catalog import catalog
 
 VERDICTS = ("holds", "refuted", "not applicable")
 #: a claim that holds on fewer resamples than this is fragile (DESIGN, `fixtures.support`)
@@ -91,9 +92,16 @@ def snapshots() -> list[Snapshot]:
 
 
 def records_of(name: str, found: Iterable[Snapshot]) -> list[Record]:
-    """The records of an experiment, published figures first."""
+    """The records of an experiment: published figures, then the subjects in the order of `place`."""
     mine = [snapshot for snapshot in found if snapshot.address.experiment == name]
-    return [snapshot.record for snapshot in sorted(mine, key=lambda one: one.address.condition != "published")]
+    ordered = sorted(mine, key=lambda one: place(one.address.subject, one.address.condition))
+    return [snapshot.record for snapshot in ordered]
+
+
+def place(subject: str, condition: str) -> tuple[bool, int, str, str]:
+    """The order of everything: published figures first, then the catalog's order, then names."""
+    known = list(catalog())
+    return condition != "published", known.index(subject) if subject in known else len(known), subject, condition
 
 
 @dataclass(frozen=True)

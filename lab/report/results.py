@@ -10,9 +10,8 @@ from typing import Any
 
 from lab import experiments
 from lab.report.claims import Statement
-from lab.report.recorded import Fresh, Snapshot, Verdict
+from lab.report.recorded import Fresh, Snapshot, Verdict, place
 from lab.snapshots.addresses import natural
-from lab.subjects.catalog import catalog
 
 THIS_RUN = "this run"  #: condition of verdicts whose subject has no snapshot, or several
 
@@ -21,7 +20,7 @@ THIS_RUN = "this run"  #: condition of verdicts whose subject has no snapshot, o
 class Column:
     """One subject under one condition; published figures come first, then the catalog's order."""
 
-    place: tuple[bool, int, str]
+    place: tuple[bool, int, str, str]
     subject: str
     condition: str
 
@@ -43,9 +42,7 @@ class Column:
 
 def column(subject: str, condition: str) -> Column:
     """The column of a subject under a condition."""
-    known = list(catalog())
-    place = known.index(subject) if subject in known else len(known)
-    return Column((condition != "published", place, subject), subject, condition)
+    return Column(place(subject, condition), subject, condition)
 
 
 @dataclass(frozen=True)
