@@ -162,7 +162,7 @@ def test_a_cell_folds_its_places() -> None:
 def test_a_fresh_verdict_takes_the_place_of_the_recorded_one(shelf: Path) -> None:
     moved = Verdict("X-1.1b", None, "refuted", 0.1, "> 0", 0.2, recorded="holds")
     pages = build(shelf, Fresh("smollm2-135m-instruct", "measured", "layer_knockout", moved))
-    assert "△ moved" in pages["index.html"]
+    assert "△ moved, was holds" in pages["index.html"]
     assert "Verdicts that moved" in pages["subjects/smollm2-135m-instruct.html"]
     assert "△ moved" not in build(shelf)["index.html"]
 
