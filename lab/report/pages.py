@@ -159,6 +159,7 @@ def _claim(results: Results, statement: Statement) -> dict[str, Any]:
         "cells": {column.id: cell for column, cell in found if cell},
         "contradicted": statement.kind == "published" and bool(refuting),
         "corrections": [sibling for sibling in results.siblings(statement) if sibling.kind == "corrected"],
+        "elsewhere": [one for one in results.siblings(statement) if one.records[0] != statement.records[0]],
     }
 
 
