@@ -1,4 +1,4 @@
-"""The command line beside pytest's: subjects, their weights and their completions."""
+"""The command line beside pytest's: subjects, their weights and their completions, and what moved between results."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from lab.errors import UserError
+from lab.snapshots.command import drift
 from lab.subjects import weights
 from lab.subjects.catalog import catalog, facts
 from lab.subjects.facts import Facts, Hub
@@ -23,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Subjects of the findings: the models under study, their weights and their completions.",
+    help="Beside `pytest findings`: the models under study, their weights and completions, and what moved.",
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A catalogued subject, a folder, a .gguf file or a hub id.")]
@@ -97,6 +98,9 @@ def complete(
         device=device,
     )
     console.print(f"{subject.name}: {saved}", highlight=False)
+
+
+app.command()(drift)
 
 
 def resolve(name: str) -> Facts:
