@@ -206,7 +206,7 @@ def test_updates_merge(tmp_path, monkeypatch):
     first.note_numbers(path, numbers.dump(numbers.of_record(record(1.0))))
     first.note_verdict(path, "T-2.10", None, {"verdict": "holds"})
     first.note_verdict(path, "T-2.9", "L01", {"verdict": "holds"})
-    assert first.write() == [path]
+    assert first.write() == []
     second = Snapshots()
     second.note_verdict(path, "T-2.10", None, {"verdict": "refuted"})
     second.write()
@@ -216,6 +216,24 @@ def test_updates_merge(tmp_path, monkeypatch):
         ("T-2.10", {"verdict": "refuted"}),
     ]
     assert content["numbers"] == numbers.of_record(record(1.0))["numbers"]
+
+
+def test_claims_that_are_stated_no_more_are_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setenv("DL_FINDINGS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "tiny" / "quick" / "toy.json"
+    for stated, expected in [
+        (None, ["T-2.1", "T-2.2 L01"]),
+        ({"T-2.1", "T-2.2"}, ["T-2.1", "T-2.2 L01"]),
+        ({"T-2.1"}, ["T-2.1"]),
+    ]:
+        first = Snapshots()
+        first.note_verdict(path, "T-2.1", None, {"verdict": "holds"})
+        first.note_verdict(path, "T-2.2", "L01", {"verdict": "holds"})
+        first.write()
+        second = Snapshots()
+        second.note_verdict(path, "T-2.1", None, {"verdict": "refuted"})
+        assert second.write(stated) == ["tiny T-2.2 L01"][: 2 - len(expected)]
+        assert list(load(path)["verdicts"]) == expected
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"numbers": 1}', '{"verdicts": {"T-2.1": "holds"}}'])
@@ -259,6 +277,19 @@ def test_an_update_of_some_claims_keeps_the_rest(suite):
     assert after["verdicts"].pop("X-1.1")["verdict"] == "refuted"
     assert before["verdicts"].pop("X-1.1")["verdict"] == "holds"
     assert after == before
+
+
+def test_an_update_forgets_claims_that_no_test_states(suite):
+    suite.run("--snapshot-update")
+    text = (suite.folder / "test_toy.py").read_text()
+    suite.claims(text.replace("X-1.1b", "X-1.2").replace("X-1.10", "X-1.3"))
+    suite.run()
+    assert "X-1.1b L00" in suite.recorded()["verdicts"]
+    result = suite.run("--snapshot-update", "-k", "X-1.3")
+    result.stdout.fnmatch_lines(
+        ["verdicts of claims that no longer exist, taken out: tiny X-1.1b L00, tiny X-1.1b L01, tiny X-1.1b L02, *"]
+    )
+    assert list(suite.recorded()["verdicts"]) == ["X-1.1", "X-1.3"]
 
 
 def test_without_the_option_nothing_is_written(suite):

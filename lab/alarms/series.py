@@ -36,6 +36,7 @@ CIRCUMSTANCES: Mapping[str, Variation] = {
 }
 CHANGES: Mapping[str, Variation] = {
     "1 % noise on the weights of layer 1": changes.noise(1),
+    "1 % noise on the weights of layer 15": changes.noise(15),
     "layers 14 and 15 exchanged": changes.exchanged(14),
     "final norm gain x 1.02": changes.scaled_final_norm(1.02),
     "weights rounded to 8 bits per output": changes.requantized(8),
