@@ -138,7 +138,8 @@ def toy_world(folder, patch):
     patch("lab.corpora.corpus.load_corpus", lambda facts, tokenizer, path: corpus)
     sys.modules["lab.subjects.loading"] = loading
     backends = SimpleNamespace(cpu=SimpleNamespace(get_cpu_capability=lambda: "TOY"))
-    sys.modules["torch"] = SimpleNamespace(get_num_threads=lambda: 1, backends=backends)
+    cuda = SimpleNamespace(get_device_name=lambda: "toy device")
+    sys.modules["torch"] = SimpleNamespace(get_num_threads=lambda: 1, backends=backends, cuda=cuda)
 
 
 class Suite:

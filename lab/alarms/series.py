@@ -18,14 +18,14 @@ SUBJECT = "smollm2-135m-instruct"
 #: far less text than the quick budget reads, so averages are noisier and an alarm goes off sooner
 PROMPTS = 7
 BUDGETS: Mapping[str, Any] = {
-    "logit_lens": logit_lens.Budget(prompts=PROMPTS, tokens=None, stride=2, batch_tokens=2048),
+    "logit_lens": logit_lens.Budget(prompts=PROMPTS, tokens=None, stride=3, batch_tokens=2048),
     "layer_knockout": layer_knockout.Budget(
-        prompts=PROMPTS, tokens=32, pair_prompts=1, pair_tokens=24, block_sizes=(1, 2, 4), batch_tokens=2048
+        prompts=4, tokens=24, pair_prompts=1, pair_tokens=24, block_sizes=(1, 2), batch_tokens=2048
     ),
     "layer_swap_cost": layer_swap_cost.Budget(
-        prompts=2, tokens=12, context_stride=6, move_layers=4, swap_groups=2, batch_tokens=256
+        prompts=1, tokens=24, context_stride=6, move_layers=3, swap_groups=2, batch_tokens=256
     ),
-    "activation_patching": activation_patching.Budget(pairs=4),
+    "activation_patching": activation_patching.Budget(pairs=2),
 }
 CIRCUMSTANCES: Mapping[str, Variation] = {
     "one thread": circumstances.threads(1),
