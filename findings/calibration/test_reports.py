@@ -162,6 +162,14 @@ def test_failures_beside_drift_are_in_the_summary(suite):
     assert "the loss of prompt 3 is not finite" in text
 
 
+def test_a_file_that_cannot_be_collected_is_in_the_summary(suite):
+    suite.claims("import nothing_of_the_kind\n", "test_broken")
+    suite.run("--summary", "summary.md")
+    text = (suite.folder / "summary.md").read_text()
+    assert text.startswith("### Findings: 1 errors")
+    assert "| `test_broken.py` | " in text
+
+
 def test_drift_file_holds_every_move(moved):
     moved.run("--fresh", "--drift", "drift.json")
     content = json.loads((moved.folder / "drift.json").read_text())

@@ -7,7 +7,7 @@ by their form, not by name, so that any experiment's are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -33,10 +33,9 @@ class Label(NamedTuple):
         return f"{self.dim}={self.value}" + (f" ({self.meaning})" if self.meaning else "")
 
 
-def labels(numbers: Numbers, name: str, indices: Iterable[tuple[int, ...]]) -> list[tuple[Label, ...]]:
+def labels(numbers: Numbers, name: str, indices: Sequence[tuple[int, ...]]) -> list[tuple[Label, ...]]:
     """The labels of some entries of a variable, given by their indices along its axes."""
-    entry = numbers[name]
-    axes = [_axis(numbers, name, dim) for dim in entry["dims"]]
+    axes = [_axis(numbers, name, dim) for dim in numbers[name]["dims"]] if indices else []
     return [tuple(axis[at] for axis, at in zip(axes, index, strict=True)) for index in indices]
 
 
