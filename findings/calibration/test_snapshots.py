@@ -12,7 +12,7 @@ from lab import experiments
 from lab.errors import UserError
 from lab.experiments import Experiment, Tolerance
 from lab.records import Record, variable
-from lab.snapshots import drift, numbers
+from lab.snapshots import drift, numbers, provenance
 from lab.snapshots.addresses import Address, load, natural
 from lab.snapshots.labels import labels, spans
 
@@ -78,7 +78,7 @@ def test_another_form_is_drift():
 def test_what_else_changed_comes_in_the_order_in_which_it_explains():
     old = {"libraries": {"torch": "2.10"}, "subject": "a" * 64, "settings": {"prompts": 28, "tokens": None}}
     new = {"libraries": {"torch": "2.13"}, "subject": "b" * 64, "settings": {"prompts": 28, "tokens": 9}, "device": "x"}
-    assert drift.changes(old, new) == [
+    assert provenance.changes(old, new) == [
         f"weights: {'a' * 12} -> {'b' * 12}",
         "settings.tokens: None -> 9",
         "device: not recorded -> x",

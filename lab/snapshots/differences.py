@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from lab.snapshots import drift
+from lab.snapshots import drift, provenance
 from lab.snapshots.addresses import Address, natural
 from lab.snapshots.drift import Move
 from lab.snapshots.labels import Label
@@ -99,7 +99,7 @@ def compare(before: Snapshots, after: Snapshots) -> list[Difference]:
 def of_numbers(address: Address, before: dict[str, Any], after: dict[str, Any]) -> Difference:
     """Two snapshots' numbers and provenance."""
     found = drift.moves(before, after)
-    changed = drift.changes(before.get("provenance", {}), after.get("provenance", {}))
+    changed = provenance.changes(before.get("provenance", {}), after.get("provenance", {}))
     return Difference(address, "both", drift.headline(found, before, after), tuple(found), (), tuple(changed))
 
 

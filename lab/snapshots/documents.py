@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from lab.snapshots import drift
+from lab.snapshots import drift, provenance
 from lab.snapshots.differences import Difference, VerdictMove
 
 PLACES = 6
@@ -56,7 +56,7 @@ def _paragraph(difference: Difference) -> list[str]:
     lines += [f"  {line}" for line in drift.by_quantity(difference.moves)]
     lines += [f"  {line}" for line in drift.allowances(address.experiment, difference.moves)]
     lines += [f"  {line}" for line in _verdict_lines(difference.verdicts)]
-    return lines + [f"  also changed: {line}" for line in drift.cut(difference.changed)]
+    return lines + [f"  also changed: {line}" for line in provenance.cut(difference.changed)]
 
 
 def _section(difference: Difference) -> list[str]:
@@ -77,7 +77,7 @@ def _section(difference: Difference) -> list[str]:
         verdicts = _verdict_rows(difference.verdicts)
         lines += ["", *table(["claim", "where", "was", "is", "measured"], verdicts[: 4 * SHOWN])]
         lines += ["", f"And {len(verdicts) - 4 * SHOWN} more."] if len(verdicts) > 4 * SHOWN else []
-    changed = [_escaped(line) for line in drift.cut(difference.changed)] or ["nothing: same provenance"]
+    changed = [_escaped(line) for line in provenance.cut(difference.changed)] or ["nothing: same provenance"]
     return [*lines, "", f"What else changed: {'; '.join(changed)}."]
 
 
