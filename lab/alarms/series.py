@@ -18,7 +18,7 @@ SUBJECT = "smollm2-135m-instruct"
 #: far less text than the quick budget reads, so averages are noisier and an alarm goes off sooner
 PROMPTS = 7
 BUDGETS: Mapping[str, Any] = {
-    "logit_lens": logit_lens.Budget(prompts=PROMPTS, tokens=None, stride=3, batch_tokens=2048),
+    "logit_lens": logit_lens.Budget(prompts=PROMPTS, tokens=None, stride=5, batch_tokens=2048),
     "layer_knockout": layer_knockout.Budget(
         prompts=4, tokens=24, pair_prompts=1, pair_tokens=24, block_sizes=(1, 2), batch_tokens=2048
     ),
