@@ -66,7 +66,7 @@ def test_the_mlps_ranks_go_with_linearity_beyond_the_first_layers(weight_spectra
 
 @claim("T-9.31c", "corrected", on=ORIGINAL)
 def test_up_goes_with_linearity(weight_spectra):
-    """Up, alone of the MLP, goes with linearity in ranks: Spearman -0.40, p = 0.016; gate and down do not (p > 0.05)."""
+    """Up, alone of the MLP, goes with linearity in ranks: p = 0.016 (Spearman -0.40); gate and down do not."""
     gap = weight_spectra.variable("perturbation_gap")
     rho = {name: spearman_of(weight_spectra.of(weight_spectra.ratio, name), gap) for name in MLP}
     assert rho["up_proj"] < 0
@@ -90,7 +90,8 @@ def test_up_goes_with_linearity_beyond_the_first_layers(weight_spectra):
 def test_attention_goes_with_nonlinearity_beyond_the_first_layers(weight_spectra):
     """Beyond the first four layers Q, K and O of more rank go with more nonlinearity: Spearman above 0.35.
 
-    0.60, 0.56, 0.46 (Pearson 0.54, 0.52, 0.49); 0.35 is the 5 % level of 32 layers. Attention is not unrelated, as the source concludes.
+    0.60, 0.56, 0.46 (Pearson 0.54, 0.52, 0.49); 0.35 is the 5 % level of 32 layers. The source
+    concludes that attention is unrelated.
     """
     gap = weight_spectra.variable("perturbation_gap").sel(layer=BEYOND_THE_FIRST_FOUR)
     ratio = weight_spectra.ratio.sel(layer=BEYOND_THE_FIRST_FOUR)
