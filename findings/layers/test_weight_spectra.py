@@ -74,9 +74,21 @@ def test_the_gap_of_routing_and_values_is_wide(weight_spectra):
 
 @claim("T-9.1e", "control")
 def test_the_gap_survives_the_gains_of_the_norms(weight_spectra):
-    """The gap of T-9.1d stands when the gains of the norms before and after each matrix are folded in.
+    """The gap of T-9.1d stands when the gains of the norms that feed Q, K and V, and of Q's and K's own, are folded in.
 
-    The map on the normalised input is W diag(g), and gains are strongly non-uniform in some models.
+    The map on the normalised input is W diag(g), and gains are strongly non-uniform in some models. No norm feeds O.
+    """
+    folded = weight_spectra.folded_ratio
+    gap = weight_spectra.group_gap(folded.where(folded["matrix"] != "o_proj", weight_spectra.ratio))
+    assert (gap > 0).mean() >= 0.95
+    assert gap.mean() >= 0.10
+
+
+@claim("T-9.1h", "control")
+def test_the_gap_survives_the_norm_after_attention(weight_spectra):
+    """The gap of T-9.1d stands when the gain of a norm between O and the residual stream is folded into O, too.
+
+    The same as T-9.1e where there is no such norm. Gemma's is so uneven that O falls below Q (0.09 and 0.13).
     """
     gap = weight_spectra.group_gap(weight_spectra.folded_ratio)
     assert (gap > 0).mean() >= 0.95
