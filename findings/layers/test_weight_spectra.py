@@ -114,6 +114,16 @@ def test_query_key_circuits_use_less_of_their_rank_than_output_value_circuits(we
     assert smaller.mean() >= 0.95
 
 
+@claim("T-9.1i", "hypothesis")
+def test_query_key_circuits_use_less_of_their_rank_on_average(weight_spectra):
+    """On average over heads the query-key circuit uses a smaller share of the head's width than the output-value one.
+
+    The sign of T-9.1g, for a model rather than for nearly every head.
+    """
+    routing, values = (weight_spectra.circuit_ratio(circuit) for circuit in ("qk", "ov"))
+    assert routing.mean() < values.mean()
+
+
 @claim("T-9.2", "published", on=ORIGINAL)
 def test_published_group_means(weight_spectra):
     """Mean shares of rank: QK 0.3146, VO 0.5163, attention 0.4154, MLP 0.6070.
