@@ -128,8 +128,8 @@ def test_stable_rank_is_a_fraction_of_the_effective_rank(weight_spectra):
 def test_stable_rank_is_below_half_of_the_effective_rank(weight_spectra):
     """Mean stable rank is less than 60 % of the effective rank for every type: a few directions stand out.
 
-    Published means reach 36 %. Random matrices have 51 to 61 %, the more the further they are from square: 60 % says that
-    the top direction stands out about as much as in the flattest of these, or more.
+    Published means reach 36 %. Random matrices have 51 to 61 %, the more the further they are from square: at 60 % the
+    top direction stands out as in the flattest of these.
     """
     shares = weight_spectra.type_means(weight_spectra.stable_share, weight_spectra.matrices)
     assert shares.max() < 0.6
