@@ -109,6 +109,16 @@ def test_routing_decays_faster_than_random_matrices(weight_spectra):
     assert weight_spectra.type_means(weight_spectra.relative_exponent, ROUTING).min() > 1.2
 
 
+@claim("T-9.11c", "hypothesis")
+def test_nearly_all_matrices_have_outliers(weight_spectra):
+    """In 95 % of the matrices some singular value lies beyond the edge of a random matrix of the same size and norm.
+
+    Structure counted directly, where a power law reads it off the bulk. The edge is one that 1 % of random matrices
+    exceed.
+    """
+    assert (weight_spectra.entries(weight_spectra.variable("outliers")) > 0).mean() >= 0.95
+
+
 # ---- the largest singular values
 
 

@@ -153,11 +153,6 @@ class WeightSpectra(Record):
         return self.ratio / self.gaussian_ratio
 
     @cached_property
-    def folded_relative_rank(self) -> xr.DataArray:
-        """The same with the gains of the norms before and after the matrix folded into it [layer, matrix]."""
-        return self.variable("folded_effective_rank") / self.max_rank / self.gaussian_ratio
-
-    @cached_property
     def folded_ratio(self) -> xr.DataArray:
         """Effective rank over min(rows, columns) with the neighbouring norms' gains folded in [layer, matrix]."""
         return self.variable("folded_effective_rank") / self.max_rank
@@ -320,11 +315,6 @@ class WeightSpectra(Record):
             raise NotApplicable(f"the weights of {self.subject} lie on no grid")
         again, given = (self.type_means(self.variable(part), self.matrices) for part in (f"rounded_{name}", name))
         return abs(again / given - 1)
-
-    @cached_property
-    def rounded_ratio(self) -> xr.DataArray:
-        """The ratio after as much rounding once more [layer, matrix]."""
-        return self.variable("rounded_effective_rank") / self.max_rank
 
 
 def _null_power_law(rows: float, columns: float) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -36,6 +36,7 @@ Result = TypeVar("Result")
 
 NAN = float("nan")
 QK, OV = 0, 1
+AT_ONCE = 8  #: layers at most: the largest matrix of a 4B model takes 0.6 GB with its copies in float64
 
 #: variable -> unit, description, and how it is read off a spectrum
 OF_SPECTRUM: Mapping[str, tuple[str, str, Callable[[Spectrum], float]]] = {
@@ -71,6 +72,7 @@ OF_MATRIX = {
     "rounded_power_law_exponent": ("1", "power-law exponent after as much rounding once more"),
     "rounded_energy_rank_90": ("1", "fewest singular values with 90 % of the energy after as much rounding once more"),
 }
+Variables = dict[str, xr.Variable]
 Gains = Mapping[tuple[int, str], tuple[np.ndarray | None, np.ndarray | None]]
 
 
@@ -80,45 +82,49 @@ def measure(subject: LoadedSubject, budget: Budget, sweep: Sweep) -> xr.Dataset:
     gains, width = weights.gains(), subject.decoder.width
     subspace = max(1, round(budget.subspace_share * width))
     layers = _layers(subject.decoder.n_layers, sweep, lambda layer: _of_layer(weights, gains, layer, subspace))
-    heads = max(shard["circuits"].shape[0] for shard in layers)
-    circuits = np.full((len(layers), heads, 2), NAN)
-    for layer, shard in enumerate(layers):
-        circuits[layer, : len(shard["circuits"])] = shard["circuits"]
     named = {name: entry[:2] for name, entry in OF_SPECTRUM.items()} | OF_MATRIX
     variables = {
         name: variable(("layer", "matrix"), [shard[name] for shard in layers], *about) for name, about in named.items()
     }
     kinds = _attention_kinds(subject)
-    variables |= {
-        "circuit_effective_rank": variable(
-            ("layer", "head", "circuit"), circuits, "1", "effective rank of a head's W_q' W_k and W_o W_v"
-        ),
-        "head_width": variable("layer", [weights.head_dim(layer) for layer in range(len(layers))], "1", "head width"),
-        "query_overlap": variable(
-            ("layer", "layer_other"),
-            _overlaps([shard["query_subspace"] for shard in layers]),
-            "1",
-            "mean squared cosine of the leading input directions of two layers' queries",
-        ),
-        "attention_kind": variable(
-            "layer",
-            [sorted(set(kinds)).index(kind) for kind in kinds],
-            "1",
-            "kind of attention, numbered as in the settings (attention_kinds)",
-        ),
-    }
+    variables |= _attention_variables(weights, layers, kinds)
     settings = {
         "width": width,
         "subspace": subspace,
         "stored": weights.stored_dtypes(),
         "arithmetic": "float64",
         "attention_kinds": sorted(set(kinds)),
-        "folded": _folded(weights, gains),
+        "folded": _folded_sides(weights, gains),
         "left_out": sorted(weights.left_out),
     }
     numbers = np.arange(len(layers))
     coords = {"layer": numbers, "layer_other": numbers, "matrix": weights.names, "circuit": ["qk", "ov"]}
     return xr.Dataset(variables, coords, {"settings": json.dumps(settings)})
+
+
+def _attention_variables(weights: LayerWeights, layers: Sequence[Arrays], kinds: Sequence[str]) -> Variables:
+    """What is measured of heads and of attention as a whole; NaN for heads and layers that have none."""
+    ranks = np.full((len(layers), max(len(shard["circuits"]) for shard in layers), 2), NAN)
+    for layer, shard in enumerate(layers):
+        ranks[layer, : len(shard["circuits"])] = shard["circuits"]
+    widths = [weights.head_dim(layer) for layer in range(len(layers))]
+    overlaps = _overlaps([shard["query_subspace"] for shard in layers])
+    numbered = [sorted(set(kinds)).index(kind) for kind in kinds]
+    return {
+        "circuit_effective_rank": variable(
+            ("layer", "head", "circuit"), ranks, "1", "effective rank of a head's W_q' W_k and W_o W_v"
+        ),
+        "head_width": variable("layer", widths, "1", "head width"),
+        "query_overlap": variable(
+            ("layer", "layer_other"),
+            overlaps,
+            "1",
+            "mean squared cosine of the leading input directions of two layers' queries",
+        ),
+        "attention_kind": variable(
+            "layer", numbered, "1", "kind of attention, numbered as in the settings (attention_kinds)"
+        ),
+    }
 
 
 def _layers(count: int, sweep: Sweep, compute: Callable[[int], Arrays]) -> list[Arrays]:
@@ -134,12 +140,12 @@ def _layers(count: int, sweep: Sweep, compute: Callable[[int], Arrays]) -> list[
 
 
 def each_on_one_core(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """The function's results for all items, in order: as many at once as there are threads, each on one of them.
+    """The function's results for all items, in order: several at once (`AT_ONCE` at most), each on one thread.
 
     Eigenvalue routines gain little from a second thread and lose much where cores are shared; NumPy releases the
     interpreter while it multiplies.
     """
-    with threadpool_limits(1), ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+    with threadpool_limits(1), ThreadPoolExecutor(min(AT_ONCE, torch.get_num_threads())) as pool:
         return list(pool.map(function, items))
 
 
@@ -234,7 +240,7 @@ def _overlaps(subspaces: list[np.ndarray]) -> np.ndarray:
     return found
 
 
-def _folded(weights: LayerWeights, gains: Gains) -> dict[str, list[str]]:
+def _folded_sides(weights: LayerWeights, gains: Gains) -> dict[str, list[str]]:
     """Which matrices have gains folded in, before or after them, in any layer."""
     sides: dict[str, set[str]] = {name: set() for name in weights.names}
     for matrix in weights.matrices:
