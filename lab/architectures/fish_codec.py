@@ -68,7 +68,7 @@ def codebook_sizes(config: Config) -> list[int]:
 
 def downsampling(config: Config) -> int:
     """Samples per frame: the product of all strides."""
-    return prod(config["encoder_rates"]) * prod(config["quantizer"]["downsample_factor"])
+    return prod(map(int, config["encoder_rates"])) * prod(map(int, config["quantizer"]["downsample_factor"]))
 
 
 def transformer_layer(width: int, mlp_width: int) -> Shapes:

@@ -261,11 +261,11 @@ class AceStep(Record):
 
     @cached_property
     def misprint(self) -> xr.DataArray:
-        """Printed over exact number of parameters [component]; of those that the source prints."""
-        found = self.printed("parameters_stated").dropna("component")
-        here = [str(name) for name in found.component.values if name in self.expected]
-        exact = [self.parameters(name) for name in here]
-        return found.sel(component=here) / xr.DataArray(exact, dims="component", coords={"component": here})
+        """Printed count's distance from the exact one in units of its last digit [component]; above 0.5 it is wrong."""
+        found, unit = (self.printed(name).dropna("component") for name in PRINTED[:2])
+        here = [str(name) for name in unit.component.values if name in self.expected]
+        exact = xr.DataArray(list(map(self.parameters, here)), dims="component", coords={"component": here})
+        return abs(found.sel(component=here) - exact) / unit.sel(component=here)
 
     @cached_property
     def rate(self) -> xr.DataArray:

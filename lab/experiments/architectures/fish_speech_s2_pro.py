@@ -169,7 +169,7 @@ class FishSpeech(WeightStatistics):
         known = catalog.facts(QWEN3_4B)
         assert known.parameters is not None
         slow = int(self.variable("parameters_by_prefix").sel(prefix=fish_speech.SLOW))
-        return (slow - known.parameters) / self.slow["dim"]
+        return (slow - known.parameters) / int(self.slow["dim"])
 
     @cached_property
     def vocabulary_beyond_qwen3_4b(self) -> int:
@@ -249,7 +249,7 @@ class FishSpeech(WeightStatistics):
     @cached_property
     def addressable_rows(self) -> float:
         """Share of the codebook table's rows that a code can name."""
-        return sum(self.codebook_sizes) / (self.fast["num_codebooks"] * self.fast["vocab_size"])
+        return sum(self.codebook_sizes) / int(self.fast["num_codebooks"] * self.fast["vocab_size"])
 
     # ---- figures
 

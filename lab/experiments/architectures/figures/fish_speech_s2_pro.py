@@ -8,21 +8,24 @@ from matplotlib.figure import Figure
 
 from lab.experiments.architectures.fish_speech_s2_pro import FishSpeech
 from lab.report import drawing
+from lab.report.names import upright
 
 
 def figure(records: Sequence[FishSpeech]) -> Figure:
     """Parameters of either stack by part; the codec's parameters beside its buffers; norm and peakedness over depth."""
-    drawn, panels = drawing.mosaic([["stacks", "codec"], ["norm", "peak"]])
+    drawn, panels = drawing.mosaic([["stacks", "codec"], ["norm", "peak"]], height=3.2)
     drawing.bars(panels["stacks"], records, "budget", x_label="part of the stacks", label="parameters [10$^6$]")
     panels["stacks"].set_title("The two stacks")
     drawing.bars(
         panels["codec"], records, "codec_budget", x_label="part of the codec's state dict", label="elements [10$^6$]"
     )
     panels["codec"].set_title("The codec")
+    for name in ("stacks", "codec"):
+        upright(panels[name])
     drawing.depth_profiles(panels["norm"], records, "frobenius", label="Frobenius norm [1]")
     panels["norm"].set_title("Slow AR, mean of five matrices")
-    drawing.depth_profiles(panels["peak"], records, "peakedness", label="largest singular value / norm [1]")
-    panels["peak"].set_title("Slow AR, peaked spectra")
+    drawing.depth_profiles(panels["peak"], records, "peakedness", label="peakedness [1]")
+    panels["peak"].set_title("Slow AR, largest singular value over norm")
     drawing.legend(drawn, records, bands=False)
     return drawn
 
