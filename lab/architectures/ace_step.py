@@ -94,7 +94,8 @@ def dit_file(config: Config) -> Shapes:
     d, text = config["hidden_size"], config["text_hidden_dim"]
     acoustic, levels = config["audio_acoustic_hidden_dim"], config["fsq_input_levels"]
     token, window = {"special_token": (1, 1, d)}, {"special_tokens": (1, config["pool_window_size"], d)}
-    quantizer = joined(under("project_in", linear(d, len(levels))), under("project_out", linear(len(levels), d)))
+    fsq = config["fsq_dim"]
+    quantizer = joined(under("project_in", linear(fsq, len(levels))), under("project_out", linear(len(levels), fsq)))
     tokenizer = joined(
         under("audio_acoustic_proj", linear(acoustic, d)),
         under("attention_pooler", joined(_encoder(config, "attention_pooler", d), token)),

@@ -47,7 +47,8 @@ class AceStep(Record):
     def setting(self, name: str) -> Mapping[str, Any]:
         """A part of the settings; NotApplicable where a checkpoint's headers do not tell it."""
         if name not in self.settings:
-            raise NotApplicable(f"the {self.source} record of {self.subject} holds no {name.replace('_', ' ')}")
+            what = name.replace("_", " ")
+            raise NotApplicable(f"{what}: the configurations and headers of {self.subject} do not tell it")
         return dict(self.settings[name])
 
     @cached_property
@@ -76,7 +77,8 @@ class AceStep(Record):
         """A variable of the census, or a printed one, at one component; NotApplicable where it is not here."""
         found = self.printed(name) if name in PRINTED else self.variable(name)
         if component not in found.component.values or np.isnan(float(found.sel(component=component))):
-            raise NotApplicable(f"the {self.source} record of {self.subject} holds no {name} of the {component}")
+            who = "the source prints" if name in PRINTED else f"the {self.source} record of {self.subject} holds"
+            raise NotApplicable(f"{who} no {name.removesuffix('_stated')} of the {component.replace('_', ' ')}")
         return float(found.sel(component=component))
 
     def parameters(self, component: str) -> int:

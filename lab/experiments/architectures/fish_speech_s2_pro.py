@@ -48,7 +48,8 @@ class FishSpeech(WeightStatistics):
     def setting(self, name: str) -> Mapping[str, Any]:
         """A part of the settings; NotApplicable where a checkpoint's headers do not tell it."""
         if name not in self.settings:
-            raise NotApplicable(f"the {self.source} record of {self.subject} holds no {name.replace('_', ' ')}")
+            what = name.replace("_", " ")
+            raise NotApplicable(f"{what}: the configuration and headers of {self.subject} do not tell it")
         return dict(self.settings[name])
 
     @property
