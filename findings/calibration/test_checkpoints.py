@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -240,9 +241,9 @@ def test_a_component_with_other_tensors_is_named(ace, name, shape, component):
 
 
 def options(*measured) -> Options:
-    nothing = {"against": None, "worker": None, "corpus": None, "device": None, "verdicts": None}
-    plain = {"gpu": False, "calibration": True, "fresh": False, "update": False, "budget": "quick", "dtype": "bfloat16"}
-    return Options(measured=measured, published=False, chosen=True, model=measured[0].name, **nothing, **plain)
+    unset = dict.fromkeys(field.name for field in fields(Options))
+    chosen = {"measured": measured, "published": False, "chosen": True, "model": measured[0].name}
+    return Options(**unset | chosen | {"budget": "quick", "dtype": "bfloat16"})
 
 
 def test_an_experiment_is_about_decoders_or_about_one_architecture(fish, tmp_path):
