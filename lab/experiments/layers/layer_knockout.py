@@ -304,11 +304,18 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
 
 
 LOSS = Tolerance(0.02, 0.01, "other kernels moved losses by 1 % (AVX2 for AVX-512) and 0.5 % (another batch shape)")
+PAIR = Tolerance(
+    0.06, 0.02, "AVX2 in batches of 1024 tokens moved losses of 168 tokens by up to 3 %, against AVX-512 in 2048"
+)
 PATH = Tolerance(0.05, 0.01, "where two layers cost nearly the same, another kernel may remove the other one")
 TOLERANCES = {
     "": LOSS,
     "knockout_kl": Tolerance(0.05, 0.01, "other kernels moved divergences by 2 %"),
     "top1_agreement": Tolerance(0.05, 0.03, "other kernels moved agreement by 0.025 on 157 tokens"),
+    "pair_knockout_loss": PAIR,
+    "pair_single_loss": PAIR,
+    "block_loss": PAIR,
+    "layer_weight_norm": Tolerance(1e-5, 0, "weights alone decide; a sum of squares in float32"),
     "pruning_loss": PATH,
     "naive_pruning_loss": PATH,
     "text_pruning_loss": PATH,
