@@ -315,7 +315,7 @@ TOLERANCES = {
     "pair_knockout_loss": PAIR,
     "pair_single_loss": PAIR,
     "block_loss": PAIR,
-    "layer_weight_norm": Tolerance(1e-5, 0, "weights alone decide; a sum of squares in float32"),
+    "layer_weight_norm": Tolerance(3e-5, 0, "weights alone decide; kept to six digits, and 1 % noise moves it by 5e-5"),
     "pruning_loss": PATH,
     "naive_pruning_loss": PATH,
     "text_pruning_loss": PATH,
