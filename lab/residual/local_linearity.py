@@ -129,9 +129,8 @@ class LocalReadings:
 
     def _derivatives(self, units: dict[str, Tensor]) -> dict[str, Response]:
         joined = self._at(self.replay.jvp(self.tokens.states, self.tokens.moves(torch.cat(list(units.values())))))
-        pieces = {
-            name: torch.split(value, [len(unit) for unit in units.values()]) for name, value in joined.parts().items()
-        }
+        sizes = [len(unit) for unit in units.values()]
+        pieces = {name: torch.split(value, sizes) for name, value in joined.parts().items()}
         return {kind: Response(**{n: p[place] for n, p in pieces.items()}) for place, kind in enumerate(units)}
 
     def _at(self, response: Response) -> Response:
@@ -173,7 +172,8 @@ def log_log_fit(eps: Sequence[float], gaps: np.ndarray) -> tuple[np.ndarray, np.
 def power_iteration_gain(replay: LayerReplay, tokens: Tokens, start: Tensor, steps: int) -> Tensor:
     """Published "spectral norm" [m]: |J v| after `steps` times v <- J v / |J v|, token by token.
 
-    Starts from the unit vectors `start` [1, m, d]. Without J^T this finds an eigenvalue-like gain, not a norm: 0 for the nilpotent [[0, a], [0, 0]].
+    Starts from the unit vectors `start` [1, m, d]. Without J^T this finds an eigenvalue-like gain, not a norm: 0 for
+    the nilpotent [[0, a], [0, 0]].
     """
     unit, norms = start, tokens.norms
     for _ in range(steps):

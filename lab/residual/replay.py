@@ -126,7 +126,8 @@ class LayerReplay:
         rest = found["update"].float() - found["attention"].float() - found["mlp"].float()
         # A handful of roundings of the stream, which is not the size of its update.
         scale = (self.captured.entry.float() + found["update"].float()).abs().amax()
-        return bool(rest.abs().amax() <= 8 * torch.finfo(self.dtype).eps * scale)
+        eps = max(torch.finfo(self.dtype).eps, torch.finfo(torch.float32).eps)  # norms work in float32
+        return bool(rest.abs().amax() <= 8 * eps * scale)
 
 
 class OwnTokenBlocks:

@@ -52,6 +52,11 @@ class LinearRecovery(Record):
         return self._replaced(self._recovery("residual"))
 
     @cached_property
+    def replaced_recovery(self) -> xr.DataArray:
+        """The same for every layer that was replaced, however little its absence costs [replaced layer]."""
+        return self._recovery("residual")[np.isfinite(self.knockout_delta.values)]
+
+    @cached_property
     def normalized_recovery(self) -> xr.DataArray:
         """The same for a map of the normed stream [replaced layer]."""
         return self._replaced(self._recovery("normalized"))

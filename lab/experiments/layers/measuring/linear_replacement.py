@@ -118,7 +118,8 @@ class Fitted:
     scores: dict[str, np.ndarray]
 
 
-#: name of a map -> what its loss variable is described as
+#: Name of a map -> what its loss variable is described as. The published map of the full output is not fitted again:
+#: it differs from the residual one by W_full - W_res = I - lambda (X^T X + lambda I)^-1, which is I where the data are.
 MAPS = {
     "residual": "update replaced by an affine map of the stream, first position exact",
     "normalized": "update replaced by an affine map of the normed stream, first position exact",

@@ -89,7 +89,12 @@ def measured(
         compute = partial(_layer, executor.decoder, batches, few if layer in layers else [], layer, leading, budget)
         parts.append(sweep.shard(f"local linearity, layer {layer}", compute))
         sweep.progress(layer + 1, n_layers, "layers differentiated")
-    found = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    like = {name: values for part in parts for name, values in part.items()}
+    # A hybrid's layers may differ in kind: those without two branches have no branch gaps.
+    found = {
+        name: np.stack([part.get(name, np.full_like(values, np.nan)) for part in parts])
+        for name, values in like.items()
+    }
     return _variables(found, sample, budget)
 
 
