@@ -18,13 +18,13 @@ def figure(records: Sequence[LinearizationGap]) -> Figure:
     drawn, panels = drawing.panels(3, 2)
     gap, rounded, move, consistency, recovery, variance = panels
     drawing.depth_profiles(gap, records, "ungated_gap", label="gap at moves of 5 % [1]")
-    gap.set_title("Curvature: float32; published de-noised")
+    gap.set_title("Without rounding; published: de-noised")
     drawing.depth_profiles(rounded, records, "rounded_gap", label="gap at moves of 5 % [1]")
-    rounded.set_title("With rounding: bfloat16, as published")
+    rounded.set_title("With rounding, as published")
     _same_range(gap, rounded)
     _moves(move, records)
     drawing.depth_profiles(consistency, records, _consistency, label="cosine of J u [1]")
-    consistency.set_title("Jacobians at tokens of other prompts")
+    consistency.set_title("Jacobians in other prompts; published: averaged")
     drawing.depth_profiles(recovery, records, "replaced_recovery", label="recovered loss [share of knockout]")
     recovery.set_title("A matrix in the layer's place")
     drawing.reference(recovery, 0, "as without the layer")
@@ -47,12 +47,13 @@ def describe(records: Sequence[LinearizationGap]) -> str:
 
 
 def _moves(axes: Axes, records: Sequence[LinearizationGap]) -> None:
-    """Median gap over layers against the size of the move; solid where rounding is out, published setting dashed."""
+    """Median gap over layers against the size of the move, in both settings."""
     for quantity in (_median_gap, _median_rounded_gap):
-        drawing.curves(axes, records, quantity, x_label="move [share of the state's norm]", label="median gap [1]")
+        if any(drawing.value(record, quantity) is not None for record in records):
+            drawing.curves(axes, records, quantity, x_label="move [share of the state's norm]", label="median gap [1]")
     axes.set_xscale("log")
     drawing.set_scale(axes, "log")
-    axes.set_title("Falling: curvature; rising: rounding")
+    axes.set_title("By the move: float32 rises, bfloat16 falls")
 
 
 def _median_gap(record: LinearizationGap) -> xr.DataArray:
