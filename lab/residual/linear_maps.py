@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lab.subjects.anatomy import hidden_of
 
-#: rho = lambda d / tr(X^T X)
-PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+#: rho = lambda d / tr(X^T X). A few massive directions make up most of the trace, so that the best rho is near 0.1
+#: to 1 for some thousand tokens; the grid goes two decades beyond, lest its edge decide.
+PENALTIES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 
 
 @dataclass(frozen=True)
