@@ -344,7 +344,9 @@ def test_layers_with_parallel_branches_have_no_branch_gaps():
     assert set(replay(captured.entry).parts()) == {"update"}
     decoder = loaded(tiny("falcon_h1")).decoder  # attention and state space side by side, then an MLP
     captured = decoder.capture(torch.arange(3, 12)[None])
-    assert not LayerReplay(decoder.layers[0], 0, captured).branched
+    replay = LayerReplay(decoder.layers[0], 0, captured)
+    assert set(replay(captured.entry).parts()) == {"update"}
+    assert set(replay.jvp(captured.entry, normal(2, *captured.entry.shape)).parts()) == {"update"}
 
 
 def test_layers_without_a_forward_derivative_are_refused_in_one_line():

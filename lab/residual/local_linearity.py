@@ -94,7 +94,7 @@ class LocalReadings:
     def gaps(self, kind: str, eps: float) -> dict[str, Tensor]:
         """Gap [m] of update and branches, mean over the directions of a kind."""
         response, slope = self._response(kind, eps), self.slopes[kind].parts()
-        return {name: gap(value, eps * slope[name]).mean(0) for name, value in response.items()}
+        return {name: gap(value, eps * slope[name]).mean(0) for name, value in response.items() if name in slope}
 
     def even_gap(self, eps: float) -> Tensor:
         """Published form of the gap [m]: even part of the response over the response, in float32."""

@@ -23,11 +23,12 @@ from torch.func import jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lab.errors import UserError
+from lab.memory import keep_freed_memory
 from lab.subjects.anatomy import hidden_of, split_call
 from lab.subjects.calls import Captured
 
 #: Directions that are differentiated together; their activations are in memory at once.
-DIRECTIONS_AT_ONCE = 8
+DIRECTIONS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Response:
 
     def __sub__(self, other: Response) -> Response:
         mine, others = self.parts(), other.parts()
-        return Response(**{name: mine[name] - others[name] for name in mine})
+        return Response(**{name: mine[name] - others[name] for name in mine if name in others})
 
 
 class LayerReplay:
@@ -70,7 +71,8 @@ class LayerReplay:
         self.index, self.captured, self.dtype = index, captured, dtype
         own = next(layer.parameters()).dtype
         self.layer = layer if own == dtype else copy.deepcopy(layer).to(dtype)
-        self.branched = self._has_branches()
+        if next(self.layer.parameters()).device.type == "cpu":
+            keep_freed_memory()
 
     def on(self, captured: Captured) -> LayerReplay:
         """The same layer on another batch."""
@@ -85,7 +87,7 @@ class LayerReplay:
         copies = len(states) if states.dim() == 4 else 1
         with sdpa_kernel(SDPBackend.MATH):
             found = self._response(flat, copies)
-        return Response(**{name: value.reshape(states.shape) for name, value in found.items()})
+        return _checked({name: value.reshape(states.shape) for name, value in found.items()}, flat)
 
     @torch.no_grad()
     def jvp(self, states: Tensor, directions: Tensor) -> Response:
@@ -98,13 +100,14 @@ class LayerReplay:
         point = states.to(self.dtype)
         with sdpa_kernel(SDPBackend.MATH):
             try:
-                return Response(**vmap(along, chunk_size=DIRECTIONS_AT_ONCE)(directions.to(self.dtype)))
+                slopes = vmap(along, chunk_size=DIRECTIONS_AT_ONCE)(directions.to(self.dtype))
             except NotImplementedError as error:
                 kind = type(self.layer).__name__
                 raise UserError(
                     f"PyTorch cannot differentiate a {kind} forwards ({str(error).splitlines()[0]}); "
                     "its linearization gap cannot be measured"
                 ) from error
+        return _checked(slopes, directions)
 
     def blocks(self, states: Tensor, positions: Tensor) -> OwnTokenBlocks:
         """The Jacobian blocks d g_t / d x_t at one position t of every row; states [B, T, d], positions [B]."""
@@ -114,20 +117,24 @@ class LayerReplay:
         args, kwargs = _cast(self.captured.call(self.index, copies), self.dtype)
         with _watching(self.layer) as calls:
             output = hidden_of(self.layer(states, *args, **kwargs))
-        branches = _branches(states, calls) if self.branched else {}
-        return {"update": output - states} | branches
+        return {"update": output - states} | _branches(states, calls)
 
-    def _has_branches(self) -> bool:
-        """Whether the layer is x + a(x) + b(x): some have other parts beside, or scale their branches."""
-        self.branched = True
-        found = self(self.captured.entry).parts()
-        if len(found) == 1:
-            return False
-        rest = found["update"].float() - found["attention"].float() - found["mlp"].float()
-        # A handful of roundings of the stream, which is not the size of its update.
-        scale = (self.captured.entry.float() + found["update"].float()).abs().amax()
-        eps = max(torch.finfo(self.dtype).eps, torch.finfo(torch.float32).eps)  # norms work in float32
-        return bool(rest.abs().amax() <= 8 * eps * scale)
+
+def _checked(found: dict[str, Tensor], stream: Tensor) -> Response:
+    """A response without its branches where they do not make up the update: some layers have other parts beside.
+
+    Args:
+        found: response, or derivative of one.
+        stream: what the layer adds to, of the same kind; the sum is exact to a handful of its roundings.
+    """
+    if len(found) == 3:
+        update = found["update"]
+        rest = update.float() - found["attention"].float() - found["mlp"].float()
+        eps = max(torch.finfo(update.dtype).eps, torch.finfo(torch.float32).eps)  # norms work in float32
+        scale = stream.float().abs().amax() + update.float().abs().amax()
+        if rest.abs().amax() > 8 * eps * scale:
+            return Response(update)
+    return Response(**found)
 
 
 class OwnTokenBlocks:
