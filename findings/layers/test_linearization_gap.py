@@ -152,7 +152,11 @@ def test_one_linear_map_explains_a_plateau_layers_response(linearization_gap, la
 
 @claim("T-7.3b", "corrected")
 def test_every_layer_is_nearly_linear_nearby(linearization_gap, layer):
-    """Without rounding the gap at moves of 5 % is at most 0.15 in every layer (pilot: at most 0.10)."""
+    """Without rounding the gap at moves of 5 % is at most 0.15 in every layer (pilot: at most 0.10).
+
+    The move is relative to the norm of the state. Where a few coordinates carry that norm (in Gemma 3 270M two
+    directions hold 95 % of the variance after layer 0), it is large for all others, and the gap says so.
+    """
     assert linearization_gap.gap.sel(layer=layer) <= 0.15
 
 
