@@ -22,7 +22,7 @@ def participation_ratio(trace: np.ndarray, square: np.ndarray) -> np.ndarray:
     return ratio
 
 
-def spectral_flatness(eigenvalues: np.ndarray, floor: float = EIGENVALUE_FLOOR) -> np.ndarray:
+def spectral_flatness(eigenvalues: np.ndarray, floor: float | np.ndarray = EIGENVALUE_FLOOR) -> np.ndarray:
     """Geometric over arithmetic mean of the eigenvalues above a floor [..., n] -> [...]; 1 if all are equal."""
     kept = np.where(eigenvalues > floor, eigenvalues, np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -30,16 +30,15 @@ def spectral_flatness(eigenvalues: np.ndarray, floor: float = EIGENVALUE_FLOOR) 
     return flatness
 
 
-def numerical_rank(eigenvalues: np.ndarray, size: int) -> np.ndarray:
-    """Number of eigenvalues [..., n] of a Gram matrix that are more than rounding.
+def rounding(eigenvalues: np.ndarray, size: int) -> np.ndarray:
+    """What eigenvalues [..., n] of a float64 Gram matrix may be by rounding alone [..., 1].
 
     Args:
-        eigenvalues: of the Gram matrix, float64.
-        size: larger side of the matrix whose Gram matrix it is; sets the rounding, as in numpy's matrix_rank.
+        eigenvalues: of the Gram matrix.
+        size: larger side of the matrix whose Gram matrix it is, as in numpy's matrix_rank.
     """
-    limit = eigenvalues.max(axis=-1, keepdims=True) * size * np.finfo(np.float64).eps
-    rank: np.ndarray = (eigenvalues > limit).sum(axis=-1)
-    return rank
+    limit: np.ndarray = eigenvalues.max(axis=-1, keepdims=True) * size * np.finfo(np.float64).eps
+    return limit
 
 
 def pair_mean(sums: np.ndarray, tokens: np.ndarray, draws: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from lab.records import variable
 from lab.residual.executor import Executor
 from lab.residual.scatter import deflated, principal_directions, prompt_sums, scatter_products, scatters
 from lab.statistics.category_cosines import largest_gap_p_value, memberships
-from lab.statistics.point_clouds import numerical_rank, spectral_flatness
+from lab.statistics.point_clouds import EIGENVALUE_FLOOR, rounding, spectral_flatness
 from lab.store import Arrays, Sweep
 from lab.subjects.loading import LoadedSubject
 
@@ -261,10 +261,11 @@ def cloud(rows: Tensor, counts: Sequence[int], factor: float, rank: int) -> Arra
         "norm_median": norms.median(),
     }
     arrays = {name: values.cpu().numpy() for name, values in found.items()}
-    spectrum = eigenvalues.cpu().numpy()
+    spectrum = eigenvalues.cpu().numpy() / (len(rows) - 1)
+    noise = rounding(spectrum, max(rows.shape))
     return arrays | {
-        "spectral_flatness": spectral_flatness(spectrum / (len(rows) - 1)),
-        "num_nonzero_singular_values": numerical_rank(spectrum, max(rows.shape)),
+        "spectral_flatness": spectral_flatness(spectrum, np.maximum(noise, EIGENVALUE_FLOOR)),
+        "num_nonzero_singular_values": (spectrum > noise).sum(),
     }
 
 
