@@ -22,6 +22,7 @@ from lab.corpora.batches import TokenBatch, TokenText, token_batches
 from lab.corpora.corpus import Corpus, Text, token_text
 from lab.errors import UserError
 from lab.experiments.layers.residual_geometry import EMBEDDING, GAPS, RECORDED, WEIGHTINGS, Budget
+from lab.memory import keep_freed_memory
 from lab.records import variable
 from lab.residual.executor import Executor
 from lab.residual.scatter import deflated, principal_directions, prompt_sums, scatter_products, scatters
@@ -73,6 +74,8 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     """See `lab.experiments.layers.residual_geometry.measure`."""
     tokens = chosen_tokens(corpus, budget)
     executor = Executor(subject.decoder)
+    if subject.device.type == "cpu":
+        keep_freed_memory()
     batches = [batch.to(subject.device) for batch in token_batches(tokens.batched, budget.batch_tokens)]
     rank = min(FLATNESS_RANK, subject.decoder.width, max(1, sum(tokens.counts) // 4))
     found = _token_arrays(executor, tokens, batches, sweep)
