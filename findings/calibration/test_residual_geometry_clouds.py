@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import ortho_group
 
 from lab.experiments.layers.measuring.residual_geometry import cloud
-from lab.experiments.layers.residual_geometry import RECORDED, ResidualGeometry
+from lab.experiments.layers.measuring.residual_geometry_variables import RECORDED
+from lab.experiments.layers.residual_geometry import ResidualGeometry
 from lab.records import variable
 from lab.residual.scatter import deflated, scatter_products, scatters
 from lab.statistics.category_cosines import largest_gap_p_value, memberships, within_and_between

@@ -20,8 +20,10 @@ from lab.statistics.point_clouds import pair_mean, participation_ratio, spectral
 
 WEIGHTINGS = ("raw", "without_top1", "without_top2", "unit", "trimmed")
 CENTRINGS = ("raw", "centered")
+#: numbers of leading directions whose share of the variance is reported
 SHARES = (1, 5, 10, 50, 100)
 SINGULAR_VALUES = 20
+#: added to norms in denominators, as the source does
 GUARD = 1e-10
 
 

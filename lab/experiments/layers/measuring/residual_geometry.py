@@ -21,22 +21,20 @@ from torch import Tensor
 from lab.corpora.batches import TokenBatch, TokenText, token_batches
 from lab.corpora.corpus import Corpus, Text, token_text
 from lab.errors import UserError
-from lab.experiments.layers.residual_geometry import EMBEDDING, GAPS, RECORDED, WEIGHTINGS, Budget
+from lab.experiments.layers.measuring.residual_geometry_variables import GAPS, RECORDED
+from lab.experiments.layers.residual_geometry import EMBEDDING, Budget
 from lab.memory import keep_freed_memory
 from lab.records import variable
 from lab.residual.executor import Executor
 from lab.residual.scatter import deflated, principal_directions, prompt_sums, scatter_products, scatters
 from lab.statistics.category_cosines import largest_gap_p_value, memberships
+from lab.statistics.geometry_figures import CENTRINGS, GUARD, SHARES, WEIGHTINGS
 from lab.statistics.point_clouds import EIGENVALUE_FLOOR, rounding, spectral_flatness
 from lab.store import Arrays, Sweep
 from lab.subjects.loading import LoadedSubject
 
-#: added to norms in denominators, as the source does
-GUARD = 1e-10
 #: leading eigenvalues that enter the spectral flatness that can be compared between sites and models
 FLATNESS_RANK = 256
-#: shares of the variance are reported up to this many directions
-SHARES = 100
 
 
 @dataclass(frozen=True)
@@ -251,7 +249,7 @@ def cloud(rows: Tensor, counts: Sequence[int], factor: float, rank: int) -> Arra
     unit = rows / (norms + GUARD)
     centred_unit = centred / (centred.norm(dim=1, keepdim=True) + GUARD)
     eigenvalues, vectors = principal_directions(centred)
-    kept = min(max(rank, SHARES), len(eigenvalues))
+    kept = min(max(rank, *SHARES), len(eigenvalues))
     squares = (centred @ vectors[:, :kept]).square()
     outlier = (norms > factor * norms.median())[:, 0]
     found = _weightings(rows, unit, counts, vectors, ~outlier)
@@ -313,7 +311,7 @@ def _dataset(subject: LoadedSubject, tokens: Tokens, found: Arrays, rank: int) -
         "layer": np.arange(layers),
         "gap": list(GAPS),
         "weighting": list(WEIGHTINGS),
-        "centring": ["raw", "centered"],
+        "centring": list(CENTRINGS),
         "prompt_id": ("prompt", [text.id for text in tokens.texts]),
         "category": ("prompt", categories.tolist()),
     }
