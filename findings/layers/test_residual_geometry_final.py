@@ -65,6 +65,16 @@ def test_alignment_with_the_final_state_hardly_falls(residual_geometry, layer):
     assert residual_geometry.approach.sel(layer=layer) >= -0.02
 
 
+@claim("T-4.21c", "published", on=ORIGINAL)
+def test_alignment_with_the_final_state_as_numbers(residual_geometry):
+    """The cosine with the final state is 0.04, 0.08, 0.17, 0.32, 0.45 and 0.47 at layers 0, 10, 20, 25, 30 and 34.
+
+    At the source's two digits.
+    """
+    found = residual_geometry.cosine_to_final.sel(site=[0, 10, 20, 25, 30, 34])
+    assert abs(found - [0.04, 0.08, 0.17, 0.32, 0.45, 0.47]).max() <= 0.005
+
+
 @claim("T-4.22", "published", on=ORIGINAL)
 def test_the_last_six_layers_make_80_percent(residual_geometry):
     """The last six layers contribute about 80 % of the final norm along the final state.
