@@ -27,7 +27,7 @@ def geometry(rows, counts=None, categories=None, rank=None):
     """The record of one cloud [N, d]."""
     rows = np.asarray(rows, dtype=float)
     counts = [len(rows)] if counts is None else counts
-    kept = cloud(torch.from_numpy(rows), counts, 5.0, rank or min(rows.shape))
+    kept = cloud(torch.from_numpy(rows), counts, 5.0)
     norms = [np.linalg.norm(part, axis=1) for part in np.split(rows, np.cumsum(counts)[:-1])]
     arrays = {name: np.asarray(values)[None] for name, values in kept.items()}
     arrays |= {"norm_max": np.array([[norm.max() for norm in norms]]), "scored_tokens": np.array(counts)}

@@ -208,8 +208,7 @@ def test_flatness_compares_spectra_of_one_length(residual_geometry):
 def test_flatness_follows_dimension(residual_geometry):
     """Spectral flatness follows the effective dimension over depth: rank correlation at least 0.5.
 
-    Published as "tracks"; 0.617 in its data. A measured flatness is that of all prompts: its support
-    varies the dimension only.
+    Published as "tracks"; 0.617 in its data.
     """
     assert spearman(residual_geometry.spectral_flatness, residual_geometry.participation_ratio) >= 0.5
 

@@ -73,11 +73,10 @@ def prompt_sums(values: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.stack([part.sum(0) for part in torch.split(values, list(counts))])
 
 
-def principal_directions(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [d], falling, and eigenvectors [d, d], columns, of the scatter matrix of states [N, d].
+def principal_directions(rows: Tensor) -> Tensor:
+    """Principal directions of states [N, d], columns [d, d], the one of most variance first.
 
-    From the float64 Gram matrix, which costs a tenth of a singular value decomposition; eigenvalues below about
-    1e-16 of the largest are rounding and are set to 0 if negative.
+    Eigenvectors of the float64 Gram matrix, which costs a tenth of a singular value decomposition.
     """
-    values, vectors = torch.linalg.eigh(rows.T @ rows)
-    return values.flip(0).clamp(min=0), vectors.flip(1)
+    vectors: Tensor = torch.linalg.eigh(rows.T @ rows).eigenvectors
+    return vectors.flip(1)

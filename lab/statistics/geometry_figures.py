@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 
 from lab.statistics.category_cosines import centroid_cosine, memberships, within_and_between
-from lab.statistics.point_clouds import pair_mean, participation_ratio, spectral_flatness
+from lab.statistics.point_clouds import EIGENVALUE_FLOOR, pair_mean, participation_ratio, rounding, spectral_flatness
 
 WEIGHTINGS = ("raw", "without_top1", "without_top2", "unit", "trimmed")
 CENTRINGS = ("raw", "centered")
@@ -125,6 +125,24 @@ def _variance_top(count: int, draw: Draw) -> np.ndarray:
 
 def _singular_values(draw: Draw) -> np.ndarray:
     return _root(draw.figure("direction_scatters")[:, :SINGULAR_VALUES])
+
+
+def _spectrum(draw: Draw) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues of the covariance [site, d] and what they may be by rounding alone [site, 1]."""
+    tokens = draw.draws @ draw.kept.tokens
+    spectrum = draw.figure("direction_scatters") / (tokens - 1)
+    return spectrum, rounding(spectrum, int(max(tokens, spectrum.shape[1])))
+
+
+def _flatness(draw: Draw) -> np.ndarray:
+    spectrum, noise = _spectrum(draw)
+    return spectral_flatness(spectrum, np.maximum(noise, EIGENVALUE_FLOOR))
+
+
+def _rank(draw: Draw) -> np.ndarray:
+    spectrum, noise = _spectrum(draw)
+    rank: np.ndarray = (spectrum > noise).sum(-1)
+    return rank
 
 
 def _flatness_leading(draw: Draw) -> np.ndarray:
@@ -267,6 +285,10 @@ FIGURES: dict[str, Figure] = {
         )
         for count in SHARES
     },
+    "spectral_flatness": _site(
+        "fraction", "geometric over arithmetic mean of all eigenvalues above 1e-15 and rounding", _flatness
+    ),
+    "num_nonzero_singular_values": _site("count", "singular values of the centred states above rounding", _rank),
     "spectral_flatness_leading": _site(
         "fraction",
         "geometric over arithmetic mean of the leading eigenvalues",

@@ -28,8 +28,7 @@ from lab.records import variable
 from lab.residual.executor import Executor
 from lab.residual.scatter import deflated, principal_directions, prompt_sums, scatter_products, scatters
 from lab.statistics.category_cosines import largest_gap_p_value, memberships
-from lab.statistics.geometry_figures import CENTRINGS, GUARD, SHARES, WEIGHTINGS
-from lab.statistics.point_clouds import EIGENVALUE_FLOOR, rounding, spectral_flatness
+from lab.statistics.geometry_figures import CENTRINGS, GUARD, WEIGHTINGS
 from lab.store import Arrays, Sweep
 from lab.subjects.loading import LoadedSubject
 
@@ -75,10 +74,9 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     if subject.device.type == "cpu":
         keep_freed_memory()
     batches = [batch.to(subject.device) for batch in token_batches(tokens.batched, budget.batch_tokens)]
-    rank = min(FLATNESS_RANK, subject.decoder.width, max(1, sum(tokens.counts) // 4))
     found = _token_arrays(executor, tokens, batches, sweep)
-    found |= _cloud_arrays(executor, tokens, batches, sweep, budget.outlier_factor, rank)
-    return _dataset(subject, tokens, found, rank)
+    found |= _cloud_arrays(executor, tokens, batches, sweep, budget.outlier_factor)
+    return _dataset(subject, tokens, found)
 
 
 def chosen_tokens(corpus: Corpus, budget: Budget) -> Tokens:
@@ -212,13 +210,13 @@ def _require_finite(norms: np.ndarray, tokens: Tokens) -> None:
 
 
 def _cloud_arrays(
-    executor: Executor, tokens: Tokens, batches: Sequence[TokenBatch], sweep: Sweep, factor: float, rank: int
+    executor: Executor, tokens: Tokens, batches: Sequence[TokenBatch], sweep: Sweep, factor: float
 ) -> Arrays:
     """What is kept of the cloud at every site, stacked over sites."""
     sites = executor.decoder.n_layers + 1
     parts = []
     for site, rows in enumerate(_clouds(executor, tokens, batches)):
-        parts.append(sweep.shard(f"cloud at site {site}", partial(cloud, rows, tokens.counts, factor, rank)))
+        parts.append(sweep.shard(f"cloud at site {site}", partial(cloud, rows, tokens.counts, factor)))
         sweep.progress(site + 1, sites, "depths, all tokens")
     return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
@@ -232,7 +230,7 @@ def _clouds(executor: Executor, tokens: Tokens, batches: Sequence[TokenBatch]) -
         yield torch.cat(rows)[order].double()
 
 
-def cloud(rows: Tensor, counts: Sequence[int], factor: float, rank: int) -> Arrays:
+def cloud(rows: Tensor, counts: Sequence[int], factor: float) -> Arrays:
     """What is kept of one cloud of states, about its own centre: enough to resample its prompts.
 
     The centre is the mean of all tokens; resampled prompts do not move it. Its own error adds a direction that
@@ -242,32 +240,23 @@ def cloud(rows: Tensor, counts: Sequence[int], factor: float, rank: int) -> Arra
         rows: states [N, d], ordered by prompt, float64.
         counts: tokens of each prompt [R].
         factor: a token is an outlier if its norm is more than this many times the median norm.
-        rank: leading directions whose variance is kept per prompt.
     """
     norms = rows.norm(dim=1, keepdim=True)
     centred = rows - rows.mean(0)
     unit = rows / (norms + GUARD)
     centred_unit = centred / (centred.norm(dim=1, keepdim=True) + GUARD)
-    eigenvalues, vectors = principal_directions(centred)
-    kept = min(max(rank, *SHARES), len(eigenvalues))
-    squares = (centred @ vectors[:, :kept]).square()
+    vectors = principal_directions(centred)
     outlier = (norms > factor * norms.median())[:, 0]
     found = _weightings(rows, unit, counts, vectors, ~outlier)
     found |= {
         "cosine_sum": torch.stack([_sum_products(cosines, counts) for cosines in (unit, centred_unit)]),
         "cosine_square_sum": torch.stack([scatter_products(cosines, counts) for cosines in (unit, centred_unit)]),
         "state_product": _sum_products(rows, counts),
-        "direction_scatter": prompt_sums(squares, counts).T,
+        "direction_scatter": prompt_sums((centred @ vectors).square(), counts).T,
         "outlier_tokens": prompt_sums(outlier.double(), counts),
         "norm_median": norms.median(),
     }
-    arrays = {name: values.cpu().numpy() for name, values in found.items()}
-    spectrum = eigenvalues.cpu().numpy() / (len(rows) - 1)
-    noise = rounding(spectrum, max(rows.shape))
-    return arrays | {
-        "spectral_flatness": spectral_flatness(spectrum, np.maximum(noise, EIGENVALUE_FLOOR)),
-        "num_nonzero_singular_values": (spectrum > noise).sum(),
-    }
+    return {name: values.cpu().numpy() for name, values in found.items()}
 
 
 def _weightings(
@@ -299,12 +288,12 @@ def _sum_products(rows: Tensor, counts: Sequence[int]) -> Tensor:
 # ---- the record
 
 
-def _dataset(subject: LoadedSubject, tokens: Tokens, found: Arrays, rank: int) -> xr.Dataset:
+def _dataset(subject: LoadedSubject, tokens: Tokens, found: Arrays) -> xr.Dataset:
     categories = np.array([text.category for text in tokens.texts])
     counts = np.array(tokens.counts)
     p_value = largest_gap_p_value(found["cosine_sum"][:, 0], counts, memberships(categories))
     found |= {"scored_tokens": counts, "category_gap_p_value": np.array(p_value)}
-    found["flatness_rank"] = np.array(rank)
+    found["flatness_rank"] = np.array(min(FLATNESS_RANK, subject.decoder.width, max(1, sum(tokens.counts) // 4)))
     layers = subject.decoder.n_layers
     coords = {
         "site": np.arange(layers + 1) + EMBEDDING,

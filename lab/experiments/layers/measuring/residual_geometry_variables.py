@@ -47,8 +47,6 @@ RECORDED: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "state_product": (("site", "prompt", "prompt_other"), "norm^2", "inner product of two prompts' summed states"),
     "flatness_rank": ((), "count", "leading eigenvalues that enter spectral_flatness_leading"),
-    "spectral_flatness": (("site",), "fraction", "flatness of all eigenvalues above 1e-15 and rounding, not resampled"),
-    "num_nonzero_singular_values": (("site",), "count", "rank of the centred states, not resampled"),
     "category_gap_p_value": (
         (),
         "probability",
