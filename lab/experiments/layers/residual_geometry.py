@@ -345,9 +345,24 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
 # (1/PR is too large by 1/N: 4 % at PR 90 of N = 2400) and spreads tokens evenly over prompts.
 QUICK = Budget(prompts=None, tokens=64)
 FULL = Budget(prompts=None, tokens=None, batch_tokens=4096)
-_STATES = "AVX2 kernels moved states by up to 1 %, against AVX-512"
+_ROUNDING = (
+    "all bfloat16 rounding together (against float32) moved {} on 336 tokens of SmolLM2, other batches 0.1 % of it"
+)
+_FEW_TOKENS = Tolerance(0.05, 0.01, _ROUNDING.format("it by 2 %") + "; a few tokens of massive norm rule it")
+_ANGLE = Tolerance(0.02, 0.02, _ROUNDING.format("it by 0.007") + "; deeper models round more often")
 TOLERANCES = {
-    "": Tolerance(0.02, 0.01, _STATES),
+    "": Tolerance(0.02, 0.005, _ROUNDING.format("figures by up to 2 %, or 0.004")),
+    "participation_ratio": _FEW_TOKENS,
+    "participation_ratio_trimmed": _FEW_TOKENS,
+    "top1_as_single_token": _FEW_TOKENS,
+    "final_projection_signed": Tolerance(0.03, 0.02, _ROUNDING.format("it by 2 %")),
+    "update_alignment": _ANGLE,
+    "update_alignment_std": _ANGLE,
+    "update_correlation": _ANGLE,
+    "cosine_to_final": _ANGLE,
+    "outlier_tokens": Tolerance(0.02, 2, "a token whose norm lies at the limit"),
+    "num_nonzero_singular_values": Tolerance(0.0, 2, "directions at the limit of rounding"),
+    "category_gap_p_value": Tolerance(0.1, 0.005, "a few of 999 permutations"),
 }
 EXPERIMENT = Experiment(
     id="T-4",
