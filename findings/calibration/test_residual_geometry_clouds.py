@@ -311,6 +311,25 @@ def test_category_cosines_are_those_of_the_listed_pairs():
     assert value(record, "category_separation") == pytest.approx(np.sign(between) * separation)
 
 
+@pytest.mark.parametrize("other_prompts", [True, False])
+def test_category_cosines_of_a_resample_are_those_of_its_tokens(other_prompts):
+    """Copies of a prompt are that prompt: their tokens are no pairs of different prompts, a token and its copy none."""
+    counts, categories, draws = [3, 4, 2, 5, 3], list("aabab"), np.array([2, 0, 1, 1, 3])
+    rows = gaussian(17, 6, 12) + 0.5
+    record = geometry(rows, counts, categories)
+    prompt = np.repeat(np.arange(5), counts)
+    drawn = np.repeat(np.arange(17), draws[prompt])
+    unit = rows[drawn] / np.linalg.norm(rows[drawn], axis=1, keepdims=True)
+    cosines, label = unit @ unit.T, np.array(categories)[prompt[drawn]]
+    apart = prompt[drawn] if other_prompts else drawn
+    pairs = apart[:, None] != apart[None, :]
+    within = [cosines[pairs & (label[:, None] == name) & (label[None, :] == name)].mean() for name in "ab"]
+    between = cosines[(label[:, None] == "a") & (label[None, :] == "b")].mean()
+    kept, sums = record._draw.kept, record._draw["cosine_sum"][0, 0]
+    found = within_and_between(sums, kept.tokens, kept.member, draws.astype(float), other_prompts=other_prompts)
+    assert found == pytest.approx((np.mean(within), between))
+
+
 def test_centroids_of_mean_states():
     rows = gaussian(30, 5, 11) + 1
     record = geometry(rows, [10, 10, 10], ["a", "b", "a"])
