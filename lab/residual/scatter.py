@@ -76,7 +76,7 @@ def prompt_sums(values: Tensor, counts: Sequence[int]) -> Tensor:
 def principal_directions(rows: Tensor) -> Tensor:
     """Principal directions of states [N, d], columns [d, d], the one of most variance first.
 
-    Eigenvectors of the float64 Gram matrix, which costs a tenth of a singular value decomposition.
+    Eigenvectors of the float64 Gram matrix: a third of the time of a singular value decomposition at 2048 x 576.
     """
     vectors: Tensor = torch.linalg.eigh(rows.T @ rows).eigenvectors
     return vectors.flip(1)
