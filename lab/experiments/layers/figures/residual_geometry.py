@@ -26,7 +26,7 @@ def figure(records: Sequence[ResidualGeometry]) -> Figure:
     robust.set_title("Without the norms of single tokens")
     together = [limit for axis in (raw, robust) for limit in axis.get_ylim()]
     for axis in (raw, robust):
-        axis.set_ylim(min(together), max(together))
+        axis.set_ylim(min(together), 1.15 * max(together))
     _sites(alike, records, "cosine_raw_mean", "mean cosine of two tokens [cosine]")
     alike.set_title("How alike tokens are")
     _sites(gap, records, "category_gap", "within minus between [cosine]")
