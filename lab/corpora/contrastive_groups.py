@@ -1,8 +1,8 @@
 """Contrastive groups: short completions of one prompt that differ in one known respect.
 
-Two formats are read. Ours holds matched families: one prompt, an anchor word and one contrast word per relationship, each
-at once and behind a stem, so that relationships and prefixes are compared within a prompt; and style entries, the same
-content in two registers. That of hivaze/dl-experiments (`contrastive_pairs.json`) lists groups one by one.
+Two formats are read. Ours holds matched families: one prompt, an anchor word and one contrast word per relationship,
+each at once and behind a stem, so that relationships and prefixes are compared within a prompt; and style entries, the
+same content in two registers. That of hivaze/dl-experiments (`contrastive_pairs.json`) lists groups one by one.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _ours(content: Fields) -> ContrastiveGroups:
     content.text("description")
     families = tuple(map(_family, content.objects("families", "family")))
     style = tuple(map(_style, content.objects("style", "style entry")))
-    _require_unique("id", (entry.id for entry in (*families, *style)), content)
+    _require_unique("id", [*(family.id for family in families), *(entry.id for entry in style)], content)
     _require_unique("anchor", (family.anchor for family in families), content)
     groups = [group for family in families for group in _groups_of(family)]
     groups += [Group(f"{s.id}/style", "style", s.prefix, s.prompt, s.texts, s.id) for s in style]

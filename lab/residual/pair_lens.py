@@ -1,4 +1,4 @@
-"""The logit lens on pairs: how far apart two states' next-token distributions are, and which of two tokens a state prefers."""
+"""The logit lens on pairs: how far two states' distributions diverge, and which of two tokens a state prefers."""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ FEWEST_ROWS = 4
 def linear_cka(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Linear CKA [...] of two clouds of row vectors [..., n, d], columns centred; the usual, biased estimator.
 
-    sum(K * L) / sqrt(sum(K * K) sum(L * L)) with K = XX', L = YY'. For n much smaller than d it is near 1 whatever the
+    sum(K * M) / sqrt(sum(K * K) sum(M * M)) with K = XX', M = YY'. For n much smaller than d it is near 1 whatever the
     clouds are; at n = 2 it is 1.
     """
-    k, l = (_gram(cloud - cloud.mean(-2, keepdims=True)) for cloud in (x, y))
-    scale = np.sqrt(_product(k, k) * _product(l, l))
-    aligned: np.ndarray = np.where(scale < _NOTHING, 0.0, _product(k, l) / np.maximum(scale, _NOTHING))
+    k, m = (_gram(cloud - cloud.mean(-2, keepdims=True)) for cloud in (x, y))
+    scale = np.sqrt(_product(k, k) * _product(m, m))
+    aligned: np.ndarray = np.where(scale < _NOTHING, 0.0, _product(k, m) / np.maximum(scale, _NOTHING))
     return aligned
 
 
@@ -30,20 +30,20 @@ def unbiased_cka(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """
     if x.shape[-2] < FEWEST_ROWS:
         return np.full(x.shape[:-2], np.nan)
-    k, l = map(_gram, (x, y))
-    own = _hsic(k, k) * _hsic(l, l)
+    k, m = map(_gram, (x, y))
+    own = _hsic(k, k) * _hsic(m, m)
     with np.errstate(invalid="ignore"):
-        aligned: np.ndarray = np.where(own > 0, _hsic(k, l) / np.sqrt(own), np.nan)
+        aligned: np.ndarray = np.where(own > 0, _hsic(k, m) / np.sqrt(own), np.nan)
     return aligned
 
 
-def _hsic(k: np.ndarray, l: np.ndarray) -> np.ndarray:
+def _hsic(k: np.ndarray, m: np.ndarray) -> np.ndarray:
     n = k.shape[-1]
     off = 1 - np.eye(n)
-    k, l = k * off, l * off
-    of_sums = k.sum((-2, -1)) * l.sum((-2, -1)) / ((n - 1) * (n - 2))
-    of_rows = 2 / (n - 2) * (k.sum(-1) * l.sum(-1)).sum(-1)
-    value: np.ndarray = (_product(k, l) + of_sums - of_rows) / (n * (n - 3))
+    k, m = k * off, m * off
+    of_sums = k.sum((-2, -1)) * m.sum((-2, -1)) / ((n - 1) * (n - 2))
+    of_rows = 2 / (n - 2) * (k.sum(-1) * m.sum(-1)).sum(-1)
+    value: np.ndarray = (_product(k, m) + of_sums - of_rows) / (n * (n - 3))
     return value
 
 
@@ -52,5 +52,5 @@ def _gram(x: np.ndarray) -> np.ndarray:
     return np.asarray(x @ np.swapaxes(x, -1, -2))
 
 
-def _product(k: np.ndarray, l: np.ndarray) -> np.ndarray:
-    return np.asarray((k * l).sum((-2, -1)))
+def _product(k: np.ndarray, m: np.ndarray) -> np.ndarray:
+    return np.asarray((k * m).sum((-2, -1)))

@@ -6,14 +6,48 @@ the tests respect by permuting whole groups with all their layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 PERMUTATIONS = 10_000
+SIGNIFICANT = 0.05
 SEED = 20260704
 #: null values at least as large as the observed one count, up to rounding
 _SAME = 1e-6
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One kind of pairs against another, layer by layer.
+
+    Attributes:
+        difference: mean of the first kind minus mean of the second [layer].
+        p: two-sided permutation p values [layer].
+        q: the same adjusted for the number of layers (Benjamini and Hochberg).
+    """
+
+    difference: np.ndarray
+    p: np.ndarray
+    q: np.ndarray
+
+    def found(self, layers: Iterable[int], *, sign: int) -> bool:
+        """Whether one of these layers at least has a significant difference of this sign (1 or -1)."""
+        return any(self.q[layer] < SIGNIFICANT and sign * self.difference[layer] > 0 for layer in layers)
+
+
+def paired_contrast(differences: np.ndarray) -> Contrast:
+    """Contrast of matched pairs, from their differences [n, layer], tested by random signs of whole rows."""
+    p = sign_flip_p_values(differences)
+    return Contrast(differences.mean(0), p, benjamini_hochberg(p))
+
+
+def grouped_contrast(values: np.ndarray, labels: np.ndarray, strata: np.ndarray | None = None) -> Contrast:
+    """Contrast of groups that are not matched; see `label_p_values` for the arguments."""
+    p = label_p_values(values, labels, strata)
+    return Contrast(label_contrast(values, labels, strata), p, benjamini_hochberg(p))
 
 
 def group_means(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""T-17 contrastive trajectories: where do two different short answers to one prompt move apart, and does it matter how they differ?
+"""T-17 contrastive trajectories: where do two answers to one prompt move apart, and does it matter how they differ?
 
 Two completions are forced onto the same prompt. At the pivot, the first token that differs, their residual streams
 are compared at every depth, as vectors and through the logit lens; the state before the pivot, which both share, tells
@@ -12,7 +12,7 @@ that relationships and prefixes are compared within a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -25,6 +25,7 @@ from lab.errors import NotApplicable
 from lab.experiments import Experiment, Tolerance
 from lab.records import Record
 from lab.statistics import contrasts
+from lab.statistics.contrasts import Contrast
 
 if TYPE_CHECKING:
     from lab.corpora.corpus import Corpus
@@ -35,29 +36,8 @@ if TYPE_CHECKING:
 FEWEST_GROUPS = 12
 #: below so many tokens CKA is ruled by their number
 FEWEST_ROWS_OF_CKA = 8
-SIGNIFICANT = 0.05
 #: depths within rounding of each other are one depth: 13/36 must not fall out of "up to 13/36"
 SAME_DEPTH = 1e-9
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Antonyms against synonyms, layer by layer.
-
-    Attributes:
-        difference: antonym minus synonym [layer].
-        p: permutation p values, two-sided [layer].
-        q: the same adjusted for the number of layers (Benjamini and Hochberg).
-    """
-
-    difference: np.ndarray
-    p: np.ndarray
-    q: np.ndarray
-
-    def found(self, layers: Sequence[int], *, larger: str) -> bool:
-        """Whether `larger` (`antonym` or `synonym`) is significantly larger at one of these layers at least."""
-        sign = 1 if larger == "antonym" else -1
-        return any(self.q[layer] < SIGNIFICANT and sign * self.difference[layer] > 0 for layer in layers)
 
 
 class ContrastiveTrajectories(Record):
@@ -157,9 +137,7 @@ class ContrastiveTrajectories(Record):
         Raises:
             NotApplicable: the record does not hold it.
         """
-        return np.asarray(
-            self._once((name, relationship, prefix), lambda: self._curve(name, relationship, prefix))
-        )
+        return np.asarray(self._once((name, relationship, prefix), lambda: self._curve(name, relationship, prefix)))
 
     def _curve(self, name: str, relationship: str, prefix: str | None) -> np.ndarray:
         if self.source == "published":
@@ -227,6 +205,25 @@ class ContrastiveTrajectories(Record):
         """Mean Jensen-Shannon divergence at the pivot [relationship, layer], nat."""
         return self._profile("js_divergence", "layer")
 
+    def interior_peak(self, relationship: str) -> float:
+        """Largest mean cosine at the pivot after a layer other than the last."""
+        return float(self.curve("cosine_similarity", relationship)[1:-1].max())
+
+    def cosine_traces(self, relationship: str) -> np.ndarray:
+        """Cosine at the pivot of every pair of a relationship [pair, slot]; single pairs are not published."""
+        values = self.rows("cosine_similarity")[:, CONTRASTS.index(relationship)]
+        return values.reshape(-1, values.shape[-1])
+
+    def falling_share(self) -> float:
+        """Share of all word pairs whose cosine the last layer lowers."""
+        values = self.rows("cosine_similarity")
+        return float((values[..., -1] < values[..., -2]).mean())
+
+    def steepness(self, relationship: str, prefix: str) -> float:
+        """KL at the last layer but one over the smallest KL of any layer."""
+        curve = self.curve("kl_divergence", relationship, prefix)
+        return float(curve[-2] / curve.min())
+
     def share_of_slots(self, holds: Callable[[int], bool]) -> float:
         """Share of all slots, the embedding among them, of which a predicate holds."""
         slots = range(-1, self.n_layers)
@@ -244,13 +241,11 @@ class ContrastiveTrajectories(Record):
 
     # ---- antonyms against synonyms
 
-    def contrast(
-        self, name: str = "kl_divergence", prefix: str | None = None, *, complete: bool = False
-    ) -> Contrast:
-        """Antonyms against synonyms, with a permutation test over groups.
+    def contrast(self, name: str = "kl_divergence", prefix: str | None = None, *, complete: bool = False) -> Contrast:
+        """Antonyms less synonyms, with a permutation test over groups.
 
-        Matched families are compared pair by pair (random signs of the family differences). The source's groups
-        are not matched: their labels are permuted, within the prefix condition where both are taken.
+        Matched families are compared pair by pair. The source's groups are not matched: their labels are permuted,
+        within the prefix condition where both are taken.
 
         Args:
             name: `kl_divergence`, `reverse_kl_divergence` or `js_divergence`.
@@ -260,30 +255,27 @@ class ContrastiveTrajectories(Record):
         Raises:
             NotApplicable: the record does not hold the divergence of single groups, or too few of them.
         """
-        compute = self._published_contrast if self.source == "published" else self._family_contrast
-        found: Contrast = self._once(("contrast", name, prefix, complete), lambda: compute(name, prefix, complete))
+        found: Contrast = self._once(
+            ("contrast", name, prefix, complete), lambda: self._contrast(name, prefix, complete)
+        )
         return found
+
+    def _contrast(self, name: str, prefix: str | None, complete: bool) -> Contrast:
+        if self.source != "published":
+            differences = self.family_differences(name, prefix)
+            self.require_groups(len(differences))
+            return contrasts.paired_contrast(differences)
+        values, kinds, shared, groups = self.pairs(name, prefix, complete=complete)
+        means, first = contrasts.group_means(values, groups)
+        for kind in ("antonym", "synonym"):
+            self.require_groups(int((kinds[first] == kind).sum()))
+        return contrasts.grouped_contrast(means, kinds[first] == "antonym", shared[first])
 
     def family_differences(self, name: str, prefix: str | None = None) -> np.ndarray:
         """Antonym minus synonym of every family [family, layer]; mean of both prefixes if None is named."""
         values = self.rows(name)
         difference = values[:, CONTRASTS.index("antonym")] - values[:, CONTRASTS.index("synonym")]
         return np.asarray(difference.mean(1) if prefix is None else difference[:, PREFIXES.index(prefix)])
-
-    def _family_contrast(self, name: str, prefix: str | None, _complete: bool) -> Contrast:
-        differences = self.family_differences(name, prefix)
-        self.require_groups(len(differences))
-        p = contrasts.sign_flip_p_values(differences)
-        return Contrast(differences.mean(0), p, contrasts.benjamini_hochberg(p))
-
-    def _published_contrast(self, name: str, prefix: str | None, complete: bool) -> Contrast:
-        values, labels, shared, groups = self.pairs(name, prefix, complete=complete)
-        means, first = contrasts.group_means(values, groups)
-        labels, strata = labels[first] == "antonym", shared[first]
-        for label in (True, False):
-            self.require_groups(int((labels == label).sum()))
-        p = contrasts.label_p_values(means, labels, strata)
-        return Contrast(contrasts.label_contrast(means, labels, strata), p, contrasts.benjamini_hochberg(p))
 
     def require_groups(self, number: int) -> None:
         """Raise NotApplicable if a cell holds too few groups for a comparison."""
@@ -332,7 +324,7 @@ class ContrastiveTrajectories(Record):
         return contrasts.eta_squared(values, kinds if factor == "relationship" else shared)
 
     def onset(self, prefix: str) -> int | None:
-        """First layer at which the antonyms' mean cosine lies two standard deviations below the synonyms'; None if none."""
+        """First layer whose mean cosine of antonyms lies two standard deviations below that of synonyms, if any."""
         gap = self.onset_gap(prefix)
         return int(np.argmax(gap > 2)) if (gap > 2).any() else None
 
@@ -350,15 +342,31 @@ class ContrastiveTrajectories(Record):
         excess: np.ndarray = self.curve("cosine_similarity", relationship, prefix) - common
         return excess
 
+    def centred_cosine(self, contrast: str) -> np.ndarray:
+        """Mean cosine at the pivot after the slot's mean vector is taken off [slot]."""
+        centred: np.ndarray = self.average("centred_cosine")[CONTRASTS.index(contrast)].mean(0)
+        return centred
+
+    def style_alignment(self, estimator: str, *, strangers: bool = False) -> np.ndarray:
+        """CKA over the tokens of two registers that differ from the first token on [slot].
+
+        Args:
+            estimator: `linear_cka` or `unbiased_cka`.
+            strangers: compare with the text of another content instead.
+        """
+        aligned = self.average(f"style_{estimator}" + "_of_strangers" * strangers)
+        immediate: np.ndarray = aligned[PREFIXES.index("immediate")]
+        return immediate
+
     # ---- commitment before the pivot
 
-    @cached_property
-    def commitment_depth(self) -> np.ndarray:
-        """Relative depth from which the preferred one of two words stays preferred [family, contrast, prefix].
+    def commitment_depths(self, contrast: str) -> np.ndarray:
+        """Relative depth from which the preferred one of anchor and contrast stays preferred [family, prefix].
 
         The first layer from which the sign of the preference margin no longer changes; 1 / L is the first layer.
         """
-        agrees = np.sign(self.rows("preference_margin")) == np.sign(self.rows("preference_margin")[..., -1:])
+        signs = np.sign(self.rows("preference_margin")[:, CONTRASTS.index(contrast)])
+        agrees = signs == signs[..., -1:]
         since = np.argmin(agrees[..., ::-1], axis=-1)
         first = np.where(agrees.all(-1), 0, self.n_layers - since)
         depth: np.ndarray = (first + 1) / self.n_layers

@@ -1,4 +1,4 @@
-"""How contrastive trajectories are measured: states at a few positions of many short sequences, compared pair by pair."""
+"""How contrastive trajectories are measured: states at a few positions of short sequences, compared pair by pair."""
 
 from __future__ import annotations
 
