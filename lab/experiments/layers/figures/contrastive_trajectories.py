@@ -12,22 +12,18 @@ from lab.corpora.contrastive_groups import RELATIONSHIPS
 from lab.experiments.layers.contrastive_trajectories import ContrastiveTrajectories
 from lab.report import drawing
 
-#: relationships whose comparison the claims are about come first
-SHOWN = ("antonym", "synonym", "style", "unrelated")
-
 
 def figure(records: Sequence[ContrastiveTrajectories]) -> Figure:
     """Cosine and KL of every relationship, and antonyms over synonyms without and with a stem, over depth."""
-    drawn, panels = drawing.mosaic(
-        [[f"cosine {kind}" for kind in SHOWN[:2]], [f"kl {kind}" for kind in SHOWN[:2]]]
-        + [[f"kl {kind}" for kind in SHOWN[2:]], ["immediate", "shared"]]
-    )
+    rows = [("cosine", RELATIONSHIPS[:2]), ("kl", RELATIONSHIPS[:2]), ("kl", RELATIONSHIPS[2:])]
+    layout = [[f"{quantity} {kind}" for kind in kinds] for quantity, kinds in rows]
+    drawn, panels = drawing.mosaic([*layout, ["immediate", "shared"]])
     for kind in RELATIONSHIPS[:2]:
         axes = panels[f"cosine {kind}"]
         drawing.depth_profiles(axes, records, "cosine_profile", at={"relationship": kind}, label="cosine [1]")
         axes.set_title(f"Likeness at the pivot: {_plural(kind)}")
         axes.set_ylim(top=1)
-    for kind in SHOWN:
+    for kind in RELATIONSHIPS:
         axes = panels[f"kl {kind}"]
         drawing.depth_profiles(axes, records, "divergence_profile", at={"relationship": kind}, label="KL [nat]")
         axes.set_title(f"Divergence at the pivot: {_plural(kind)}")
