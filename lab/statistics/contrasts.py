@@ -113,8 +113,8 @@ def label_p_values(values: np.ndarray, labels: np.ndarray, strata: np.ndarray | 
     for stratum in np.unique(strata):
         members = np.flatnonzero(strata == stratum)
         shuffled[:, members] = generator.permuted(shuffled[:, members], axis=1)
-    centred = _centred(values, strata)
-    return _share_reached(np.abs(_centred(labels.astype(float), strata) @ centred), np.abs(shuffled @ centred))
+    # labels that sum to 0 in every stratum see nothing of the strata's means, so values need no centring
+    return _share_reached(np.abs(_centred(labels.astype(float), strata) @ values), np.abs(shuffled @ values))
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
