@@ -25,9 +25,11 @@ def figure(records: Sequence[ContrastiveTrajectories]) -> Figure:
         axes.set_ylim(top=1)
     for kind in RELATIONSHIPS:
         axes = panels[f"kl {kind}"]
-        drawing.depth_profiles(axes, records, "divergence_profile", at={"relationship": kind}, label="KL [nat]")
+        at = {"relationship": kind}
+        label = "KL [nat]"
+        # a first layer read with a tied head reaches a hundred nat, the middle of the depth lies below one
+        drawing.depth_profiles(axes, records, "divergence_profile", at=at, label=label, scale="symlog", linear_below=1)
         axes.set_title(f"Divergence at the pivot: {_plural(kind)}")
-        axes.set_ylim(bottom=0)
     for prefix, title in (("immediate", "answer at once"), ("shared", "behind a stem")):
         axes = panels[prefix]
         drawing.depth_profiles(axes, records, partial(_ratio, prefix=prefix), label="KL ratio [1]", scale="log")
