@@ -79,9 +79,11 @@ def test_knockout_sweep(benchmark, smollm2, texts, losses, way):
 
 #: run apart, so that nothing but model and sweep is in memory; clear_refs resets the peak that Linux keeps
 MEMORY = """
+    import gc
     from pathlib import Path
 
     from lab.corpora.corpus import load_corpus
+    from lab.memory import release_freed_memory
     from lab.residual.sweeps import sample
     from lab.subjects.catalog import facts
     from lab.subjects.loading import load
@@ -91,6 +93,9 @@ MEMORY = """
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
+    load(facts("smollm2-135m-instruct"))  # library code that loading imports is neither model nor sweep
+    gc.collect()
+    release_freed_memory()
     before = resident("RssAnon")
     subject = load(facts("smollm2-135m-instruct"))
     texts = sample(load_corpus(subject.facts, subject.tokenizer), None, None)

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
+from lab.memory import keep_freed_memory
 from lab.residual.lens import Lens
-from lab.residual.memory import keep_freed_memory
 from lab.subjects.anatomy import Decoder
 from lab.subjects.tiny import tiny
 

@@ -266,6 +266,12 @@ def test_states_held_stay_within_the_budget(llama, batch, states_in_budget, monk
     assert max(held) > 10, "without a budget the tree must be wider than the budgets tested"
 
 
+def test_a_cuda_device_gives_half_of_its_free_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 << 30, 80 << 30))
+    assert executor_module.memory_budget(torch.device("cuda:1")) == 35 << 30
+    assert executor_module.memory_budget(torch.device("cpu")) == 1 << 30
+
+
 # ---- what is shared
 
 

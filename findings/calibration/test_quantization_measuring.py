@@ -17,13 +17,16 @@ from lab.subjects.tiny import LAYERS, loaded, random_corpus, tiny
 
 pytestmark = pytest.mark.calibration
 
-BUDGET = Budget(None, None, None, None, (8, 3, 2), 4, group_sizes=(32,), footprints=False, head_dtype="float32")
+BUDGET = Budget(None, None, None, 1, None, (8, 3, 2), 4, group_sizes=(32,), footprints=False, head_dtype="float32")
 LENGTHS = ((7, 15), (4, 9), (9, 13), (3, 12), (5, 11), (4, 14))
+
+
+NOTHING = 1e-5  #: nat; programs that run in blocks of other sizes differ in the last bits of float32
 
 
 def model_of(architecture="llama", **changes):
     heads = {"head_dim": 16} if architecture in ("qwen3", "gemma3_text") else {}
-    return tiny(architecture, hidden_size=64, intermediate_size=128, **heads, **changes)
+    return tiny(architecture, **{"hidden_size": 64, "intermediate_size": 128, **heads, **changes})
 
 
 def record_of(model, corpus=None, budget=BUDGET):
@@ -43,10 +46,10 @@ def planted():
 
 def test_a_layer_that_writes_nothing_loses_nothing(planted):
     for damage in (planted.two_bit_damage, planted.three_bit_damage, planted.true_two_bit_damage):
-        assert float(damage.sel(layer=1)) == 0
-        assert (damage.drop_sel(layer=1) != 0).all()
-    assert float(planted.knockout_damage.sel(layer=1)) == 0
-    assert (planted.matrix_damage.sel(layer=1) == 0).all()
+        assert abs(float(damage.sel(layer=1))) < NOTHING
+        assert (abs(damage.drop_sel(layer=1)) > NOTHING).all()
+    assert abs(float(planted.knockout_damage.sel(layer=1))) < NOTHING
+    assert (abs(planted.matrix_damage.sel(layer=1)) < NOTHING).all()
 
 
 def test_eight_bits_are_within_three_standard_errors_of_nothing(planted):
@@ -73,6 +76,12 @@ def test_every_architecture_gives_a_whole_record(architecture):
     assert found.data.sizes["layer"] == LAYERS
     assert float(abs(found.weight_error_ratio - 1).max()) < 0.4
     assert all(variable.attrs["unit"] and variable.attrs["description"] for variable in found.data.data_vars.values())
+
+
+def test_single_matrices_of_every_other_layer():
+    found = record_of(model_of(), budget=replace(BUDGET, matrix_stride=2))
+    assert found.matrix_damage.layer.values.tolist() == [0, 2, 4]
+    assert (found.matrix_damage.sum("matrix") / found.damage(2)).sizes == {"layer": 3}
 
 
 def test_texts_of_recipes_are_others_than_those_of_the_layer_sweep():
@@ -115,8 +124,8 @@ def test_weights_on_a_grid_bar_claims_about_full_precision():
             if isinstance(module, torch.nn.Linear):
                 module.weight.data = GGUF("Q4_1")(module.weight.data)
     gridded = record_of(stored)
-    assert gridded.stored_in_four_bits == 1
-    with pytest.raises(NotApplicable, match="stored in 4 bits before"):
+    assert gridded.stored_in_few_bits == 1
+    with pytest.raises(NotApplicable, match="stored in 5 bits or fewer before"):
         gridded.require_full_precision()
     with pytest.raises(NotApplicable, match="a grid that it shares"):
         gridded.require_free_weights("gguf_q4_1")

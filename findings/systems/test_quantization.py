@@ -2,7 +2,7 @@
 
 Published sentences speak of rises of the perplexity on one text of 4096 tokens, without error bars; they are kept in
 that unit. Their siblings speak of nat per token, which compares across models. The offline subjects were stored in 4
-to 6 bits: 3 and 2 bits are coarser than their grid, so claims at those widths apply to them; claims about 4 bits and
+to 8 bits: 3 and 2 bits are coarser than their grid, so claims at those widths apply to them; claims about 4 bits and
 more say so where they do not.
 """
 
@@ -140,7 +140,7 @@ def test_no_layer_loses_more_than_0_015_nat_at_4_bits(quantization):
     """No single layer loses more than 0.015 nat per token at 4 bits.
 
     Published maximum 0.011, a pilot on SmolLM2 0.015 +- 0.005. It speaks of full-precision weights: weights that were
-    stored in 4 bits have lost the greater part of it before.
+    stored in 5 bits or fewer have lost a good part of it before.
     """
     quantization.require_full_precision()
     assert quantization.damage(4).max() <= 0.015

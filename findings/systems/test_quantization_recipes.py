@@ -2,7 +2,7 @@
 
 Recipes are judged on texts that the single-layer sweep, from which some of them are made, has not seen. A recipe that
 puts 2 bits anywhere loses by that alone; so predictors are compared on one histogram, a third of the layers each at 3,
-4 and 5 bits, and against random deals of it. Weights that were stored in 4 bits have paid for the first rounding
+4 and 5 bits, and against random deals of it. Weights that were stored in few bits have paid for the first rounding
 already; differences between recipes, which all round a second time to the same mean width, remain.
 """
 

@@ -9,7 +9,6 @@ and by how much the process itself has grown.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.errors import UserError
+from lab.memory import release_freed_memory
 
 METHODS = (
     "bfloat16",
@@ -118,7 +118,7 @@ def _measured(folder: Path, method: str, group: int) -> dict[str, float]:
     model = quantize_model(model.eval().requires_grad_(False), method, group)
     seconds = time.perf_counter() - started
     gc.collect()
-    _return_freed_memory()
+    release_freed_memory()
     return {
         "stored": stored_bytes(model) / GIGABYTE,
         "resident": (_private_bytes() - before) / GIGABYTE,
@@ -130,12 +130,6 @@ def _private_bytes() -> int:
     """Memory of this process that no file backs; mapped weight files do not count."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
-def _return_freed_memory() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,13 @@ def published_rule(score: np.ndarray) -> Bits:
 
     u = (s - min) / (max - min + 1e-8), raw = 2 + 6 u, scaled to a mean of 4, rounded half to even, clipped to 2..8,
     then trimmed (`trimmed`).
+
+    Raises:
+        ValueError: a score is NaN or infinite.
     """
     score = np.asarray(score, dtype=float)
+    if not np.isfinite(score).all():
+        raise ValueError(f"layer {int(np.argmin(np.isfinite(score)))} has no finite score; no width follows from it")
     unit = (score - score.min()) / (score.max() - score.min() + 1e-8)
     raw = NARROWEST + (WIDEST - NARROWEST) * unit
     return trimmed(np.clip(np.round(raw * TARGET * len(raw) / raw.sum()), NARROWEST, WIDEST).astype(int))

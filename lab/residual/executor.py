@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lab.corpora.batches import TokenBatch
 from lab.errors import UserError
-from lab.residual.memory import keep_freed_memory
+from lab.memory import keep_freed_memory
 from lab.residual.programs import Program, Step
 from lab.residual.tree import Edge, Frontier, Node, layer_applications, prefix_tree
 from lab.subjects.anatomy import Decoder, hidden_of
@@ -33,6 +33,7 @@ Report = Callable[[float, float, str], None]
 ACTIVATIONS = 24
 #: Tokens per layer call on a CPU: enough to keep the cores busy, few enough for activations to stay in the cache.
 CPU_TOKENS = 2048
+CPU_BUDGET_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class Executor:
         decoder: the model under study.
         variants: modules that programs may name in the place of a layer.
         edits: edits of the residual stream that programs may name.
-        budget_bytes: memory for residual streams and for one layer's activations. Three quarters hold
-            states; one state takes B * T * d * itemsize bytes. If a tree needs more, it is walked in
-            parts, subtree by subtree. Beyond the budget, one state per level of the tree may be held.
+        budget_bytes: memory for residual streams and for one layer's activations; None takes 1 GiB, or half of
+            what a CUDA device has free. Three quarters hold states; one state takes B * T * d * itemsize bytes. If
+            a tree needs more, it is walked in parts, subtree by subtree. Beyond the budget, one state per level
+            of the tree may be held.
         share_prefixes: False runs every program alone, from the first layer: slow, for calibration.
     """
 
@@ -71,13 +73,13 @@ class Executor:
         *,
         variants: Mapping[str, Variant] | None = None,
         edits: Mapping[str, Edit] | None = None,
-        budget_bytes: int = 2**30,
+        budget_bytes: int | None = None,
         share_prefixes: bool = True,
     ):
         self.decoder = decoder
         self.variants = dict(variants or {})
         self.edits = dict(edits or {})
-        self.budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes or memory_budget(decoder.device)
         self.share_prefixes = share_prefixes
 
     def run(
@@ -130,6 +132,14 @@ class Executor:
                 if name is not None and name not in known:
                     names = ", ".join(sorted(known)) or "none"
                     raise UserError(f"a program names the {kind} {name!r}; the executor knows {names}")
+
+
+def memory_budget(device: torch.device) -> int:
+    """Bytes that a sweep may take on a device: half of a CUDA device's free memory, elsewhere 1 GiB.
+
+    The other half is left to logits, to kernels' workspaces, and to whoever shares the device.
+    """
+    return int(torch.cuda.mem_get_info(device)[0]) // 2 if device.type == "cuda" else CPU_BUDGET_BYTES
 
 
 class _Walk:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lab.corpora.batches import TokenBatch
+from lab.memory import keep_freed_memory
 from lab.residual.executor import Executor
 from lab.residual.lens import Lens
-from lab.residual.memory import keep_freed_memory
 from lab.store import Arrays
 from lab.subjects.anatomy import Decoder
 

@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lab.errors import UserError
+from lab.memory import release_freed_memory
 from lab.subjects.anatomy import Decoder
 from lab.subjects.configuration import read_config
 from lab.subjects.facts import Facts
@@ -59,6 +60,7 @@ def load(facts: Facts, dtype: str = "bfloat16", device: str = "cpu") -> LoadedSu
     model = _model(folder, facts.name, DTYPES[dtype], place)
     require_finite(model, facts.name)
     widen_slow_products(model)
+    release_freed_memory()
     return LoadedSubject(
         facts=facts,
         model=model,

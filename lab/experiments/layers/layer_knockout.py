@@ -278,7 +278,8 @@ class Budget:
         pair_tokens: completion tokens scored per prompt there.
         block_sizes: sizes of contiguous blocks, as far as they are at most L/4; None is every size.
         head_dtype: precision of the vocabulary projection; log-softmax is float32 in either case.
-        batch_tokens: padded tokens per batch.
+        batch_tokens: padded tokens per batch. Texts are sorted by length, so small batches pad less: 4 % of all tokens
+            at 1024, 15 % at 2048, 40 % at 16384; and a layer sees the states of many programs at once anyway.
     """
 
     prompts: int | None
@@ -287,7 +288,7 @@ class Budget:
     pair_tokens: int | None
     block_sizes: tuple[int, ...] | None
     head_dtype: str = "bfloat16"
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
 
 
 def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep) -> xr.Dataset:
@@ -323,9 +324,7 @@ EXPERIMENT = Experiment(
     measure=measure,
     budgets={
         "quick": Budget(prompts=28, tokens=72, pair_prompts=7, pair_tokens=24, block_sizes=(1, 2, 4, 7)),
-        "full": Budget(
-            prompts=None, tokens=None, pair_prompts=28, pair_tokens=None, block_sizes=None, batch_tokens=16384
-        ),
+        "full": Budget(prompts=None, tokens=None, pair_prompts=28, pair_tokens=None, block_sizes=None),
     },
     tolerances=TOLERANCES,
 )

@@ -267,7 +267,7 @@ class Budget:
     move_layers: int | None
     swap_groups: int
     head_dtype: str = "bfloat16"
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
 
 
 def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep) -> xr.Dataset:
@@ -407,7 +407,7 @@ def _update_correlation(subject: LoadedSubject, executor: Any, texts: Sample, ba
 # About 110 tokens of 7 prompts: enough for ranks, the ends and the zones (support 1), not for the cheapest pairs and
 # the steps of a curve (support 0.6 to 0.7 on SmolLM2). All passes together read 157 thousand tokens at full depth.
 QUICK = Budget(prompts=7, tokens=16, context_stride=6, move_layers=6, swap_groups=4, batch_tokens=256)
-FULL = Budget(prompts=None, tokens=None, context_stride=1, move_layers=None, swap_groups=12, batch_tokens=16384)
+FULL = Budget(prompts=None, tokens=None, context_stride=1, move_layers=None, swap_groups=12)
 LOSS = Tolerance(
     0.02, 0.05, "other kernels moved T-2's losses by 1 % (AVX2 for AVX-512); a delta is a difference of two"
 )

@@ -15,7 +15,7 @@ import xarray as xr
 from lab.corpora.batches import TokenText
 from lab.corpora.corpus import Corpus, Text
 from lab.errors import UserError
-from lab.experiments.systems.measuring.quantization_methods import LAW_ROWS, NOISE_SEEDS, TRUE_TWO_BITS, methods
+from lab.experiments.systems.measuring.quantization_methods import LAW_ROWS, NOISE_SEED, TRUE_TWO_BITS, methods
 from lab.experiments.systems.quantization import MATRIX_BITS, TYPE_BITS, WIDTHS_OF_ORACLE, Budget
 from lab.quantization import footprint, recipes
 from lab.quantization.layers import Plan, WeightMap, Workshop, label, matrices
@@ -50,6 +50,7 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     variables |= _memory_variables(subject, work)
     coords = {
         "layer": np.arange(work.n_layers),
+        "matrix_layer": np.arange(0, work.n_layers, budget.matrix_stride),
         "bits": list(budget.layer_bits),
         "matrix": list(work.workshop.types),
         "prompt_id": ("prompt", list(layer_texts.prompts)),
@@ -60,7 +61,7 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
         "group_size": work.group,
         "matrix_bits": MATRIX_BITS,
         "type_bits": TYPE_BITS,
-        "noise_seeds": list(NOISE_SEEDS),
+        "noise_seed": NOISE_SEED,
         "quantization_libraries": versions,
         "text": "the subject's own completions as running text, without their prompts",
     }
@@ -216,7 +217,8 @@ def _effective_rank_ratio(weight: torch.Tensor) -> float:
     """(sum s^2)^2 / sum s^4 over min(shape), from the smaller Gram matrix: its trace and its Frobenius norm."""
     wide = weight.float()
     gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
-    return float(gram.trace().double() ** 2 / gram.double().square().sum() / min(weight.shape))
+    energy = float(gram.double().square().sum())
+    return float(gram.trace().double()) ** 2 / energy / min(weight.shape) if energy else 0.0
 
 
 # ---- layers and matrices
@@ -254,10 +256,11 @@ def _layer_variables(work: Workbench, texts: Sample) -> Variables:
 
 
 def _matrix_variables(work: Workbench, texts: Sample) -> Variables:
-    """Every single matrix at 2 bits, with the intact loss of the same texts."""
+    """Single matrices of every so manieth layer at 2 bits, with the intact loss of the same texts."""
     n, shop = work.n_layers, work.workshop
+    layers = range(0, n, work.budget.matrix_stride)
     programs: dict[str, Program] = {"intact": identity(n)}
-    for layer in range(n):
+    for layer in layers:
         for matrix in shop.types:
             plan = shop.only(matrix, work.rounding(MATRIX_BITS))
             programs[f"{matrix} of layer {layer} at {MATRIX_BITS} bits"] = shop.one_layer(layer, plan)
@@ -266,8 +269,8 @@ def _matrix_variables(work: Workbench, texts: Sample) -> Variables:
         "matrix_scored_tokens": variable("matrix_prompt", texts.scored_tokens, "token", "scored tokens of this sweep"),
         "matrix_baseline_loss": variable("matrix_prompt", loss[0], "nat/token", "intact loss on the same texts"),
         "matrix_loss": variable(
-            ("layer", "matrix", "matrix_prompt"),
-            loss[1:].reshape(n, len(shop.types), -1),
+            ("matrix_layer", "matrix", "matrix_prompt"),
+            loss[1:].reshape(len(layers), len(shop.types), -1),
             "nat/token",
             f"loss with a single matrix at {MATRIX_BITS} bits",
         ),

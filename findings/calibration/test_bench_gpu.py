@@ -1,0 +1,157 @@
+"""The sweeps on a CUDA device: a randomly initialised Qwen3-4B shape, beside the plain loop, same texts, same losses.
+
+50 texts of 6,419 tokens, of which 4,144 are scored, as many as the original model's completions have. The layers
+of a knockout sweep cost 2 x 0.1 G x 6,419 x (36 + 630) operations, the head 2 x 0.39 G x 4,144 x 37: on an H100
+(about 0.8 PFLOP/s in bfloat16 without sparsity) the arithmetic alone takes 1.23 s.
+
+The plain loop takes a layer out and runs each text alone; only every sixth layer is taken out here and its time
+scaled up, since the whole loop takes a minute.
+"""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lab.corpora.batches import TokenText
+from lab.experiments.layers.layer_knockout import EXPERIMENT as KNOCKOUT
+from lab.experiments.layers.layer_swap_cost import EXPERIMENT as SWAP
+from lab.experiments.layers.layer_swap_cost import all_pairs
+from lab.residual.executor import Executor
+from lab.residual.programs import identity, order, skip, swap
+from lab.residual.sweeps import ProgramLosses, Sample
+from lab.store import Sweep
+from lab.subjects.anatomy import Decoder
+from lab.subjects.catalog import facts
+from lab.subjects.tiny import tiny
+
+TOKENS, SCORED, PROMPTS, SWAP_PROMPTS = 6419, 4144, 50, 28
+STRIDE = 6
+KNOCKOUT_SECONDS, SWAP_SECONDS = 2.5, 60.0
+
+
+def shaped(name: str) -> torch.nn.Module:
+    """A model of a catalogued subject's shape with random weights, small enough for logits to stay moderate."""
+    subject = facts(name)
+    config = AutoConfig.for_model(
+        subject.architecture,
+        hidden_size=subject.width,
+        num_hidden_layers=subject.layers,
+        num_attention_heads=subject.heads,
+        num_key_value_heads=subject.kv_heads,
+        head_dim=subject.head_dim,
+        intermediate_size=subject.mlp_width,
+        vocab_size=subject.vocabulary,
+        tie_word_embeddings=subject.tied,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+
+
+def random_texts(count: int, tokens: int, scored: int, vocabulary: int) -> Sample:
+    """Texts of random tokens whose completions' lengths fall geometrically, as those of real prompts do."""
+    generator = np.random.default_rng(0)
+    weights = np.geomspace(1, 30, count)
+    lengths = np.maximum(1, np.floor(scored * weights / weights.sum())).astype(int)
+    lengths[-1] += scored - lengths.sum()
+    prompts = np.full(count, (tokens - scored) // count)
+    prompts[0] += tokens - scored - prompts.sum()
+    texts = []
+    for prompt, completion in zip(prompts, lengths, strict=True):
+        ids = generator.integers(1, vocabulary, prompt + completion)
+        texts.append(TokenText(tuple(ids.tolist()), tuple(range(prompt, prompt + completion))))
+    return Sample(tuple(f"p{index}" for index in range(count)), tuple(texts), ((),) * count)
+
+
+def knockouts(n: int, layers: range) -> dict[str, tuple]:
+    return {"intact": identity(n)} | {f"without layer {layer}": skip(n, [layer]) for layer in layers}
+
+
+def executor_losses(decoder, texts, programs, batch_tokens, head_dtype="bfloat16"):
+    """Losses [program, prompt] through the executor, nat/token."""
+    return ProgramLosses(Executor(decoder), Sweep(), batch_tokens, head_dtype)("sweep", texts, programs)["loss"]
+
+
+@torch.inference_mode()
+def plain_losses(decoder, texts, programs):
+    """The same losses, one text and one program at a time through the whole model."""
+    kept = list(decoder.model.model.layers)
+    found = []
+    try:
+        for program in programs.values():
+            layers = [kept[step.layer] for step in program if step.layer is not None]
+            decoder.model.model.layers = torch.nn.ModuleList(layers)
+            found.append([plain_loss(decoder, text) for text in texts.texts])
+    finally:
+        decoder.model.model.layers = torch.nn.ModuleList(kept)
+    return np.array(found)
+
+
+def plain_loss(decoder, text):
+    ids = torch.tensor([text.ids], device=decoder.device)
+    targets = torch.tensor(text.targets, device=decoder.device)
+    logits = decoder.model(ids, use_cache=False).logits[0]
+    return float(functional.cross_entropy(logits[targets - 1].float(), ids[0, targets]))
+
+
+def timed(function, *arguments):
+    """Result and seconds, the device's queue emptied before and after."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = function(*arguments)
+    torch.cuda.synchronize()
+    return result, time.perf_counter() - started
+
+
+@pytest.fixture(scope="module")
+def qwen3_4b():
+    return Decoder(shaped("qwen3-4b-instruct-2507"))
+
+
+def test_the_sweeps_agree_with_the_plain_loop_on_any_device():
+    """The rehearsal of this benchmark: a tiny Qwen3 in float32, losses within 1e-3 nat for skips and swaps."""
+    decoder = Decoder(tiny("qwen3"))
+    texts, n = random_texts(6, 90, 60, decoder.vocabulary), decoder.n_layers
+    assert sum(len(text.ids) for text in texts.texts) == 90
+    assert texts.scored_tokens.sum() == 60
+    programs = knockouts(n, range(n)) | {str(pair): swap(n, *pair) for pair in all_pairs(n)}
+    found = executor_losses(decoder, texts, programs, 64, "float32")
+    assert np.abs(found - plain_losses(decoder, texts, programs)).max() <= 1e-3
+    assert len({round(float(loss), 6) for loss in found[:, 0]}) == len(programs), "every program must differ"
+
+
+@pytest.mark.gpu
+@pytest.mark.benchmark(group="sweeps of a Qwen3-4B shape")
+def test_knockout_sweep_of_a_4b_shape(benchmark, qwen3_4b):
+    n, batch_tokens = qwen3_4b.n_layers, KNOCKOUT.budgets["full"].batch_tokens
+    texts = random_texts(PROMPTS, TOKENS, SCORED, qwen3_4b.vocabulary)
+    some, every = knockouts(n, range(0, n, STRIDE)), knockouts(n, range(n))
+    plain_losses(qwen3_4b, texts, {"intact": identity(n)})  # kernels are chosen on first use
+    expected, seconds = timed(plain_losses, qwen3_4b, texts, some)
+    found = benchmark.pedantic(
+        executor_losses, (qwen3_4b, texts, every, batch_tokens), rounds=3, warmup_rounds=1
+    )  # returns numbers on the CPU, so the device is done
+    benchmark.extra_info["seconds of the plain loop"] = round(seconds * len(every) / len(some), 1)
+    means = [losses @ texts.scored_tokens / texts.scored_tokens.sum() for losses in (found, expected)]
+    assert np.abs(means[0][[list(every).index(name) for name in some]] - means[1]).max() <= 1e-3
+    assert benchmark.stats.stats.min <= KNOCKOUT_SECONDS
+
+
+@pytest.mark.gpu
+@pytest.mark.benchmark(group="sweeps of a Qwen3-4B shape")
+def test_swap_matrix_of_a_4b_shape(benchmark, qwen3_4b):
+    n, batch_tokens = qwen3_4b.n_layers, SWAP.budgets["full"].batch_tokens
+    share = SWAP_PROMPTS / PROMPTS
+    texts = random_texts(SWAP_PROMPTS, round(TOKENS * share), round(SCORED * share), qwen3_4b.vocabulary)
+    programs = {"intact": order(range(n))} | {str(pair): swap(n, *pair) for pair in all_pairs(n)}
+    found = benchmark.pedantic(executor_losses, (qwen3_4b, texts, programs, batch_tokens), rounds=1)
+    some = dict(list(programs.items())[::90])
+    expected, seconds = timed(plain_losses, qwen3_4b, texts, some)
+    benchmark.extra_info["seconds of the plain loop"] = round(seconds * len(programs) / len(some), 1)
+    means = [losses @ texts.scored_tokens / texts.scored_tokens.sum() for losses in (found, expected)]
+    assert np.abs(means[0][::90] - means[1]).max() <= 1e-3
+    assert benchmark.stats.stats.min <= SWAP_SECONDS
