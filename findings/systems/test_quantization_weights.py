@@ -42,8 +42,8 @@ def test_the_width_alone_sets_the_weight_error(quantization):
 def test_the_weights_carry_no_grid(quantization):
     """The weights lie on no coarse grid: less than 1 % of them sit in matrices with few distinct values.
 
-    Few: at most 24 of 32 neighbours, which 5 bits give and 6 do not. It is refuted where the subject's file was stored in
-    5 bits or fewer, and then tells which claims do not apply.
+    Few: at most 24 of 32 neighbours, which 5 bits give and 6 do not. It is refuted where the subject's file was stored
+    in 5 bits or fewer, and then tells which claims do not apply.
     """
     if not quantization.has("distinct_values"):
         not_applicable(f"the {quantization.source} record of {quantization.subject} says nothing about its values")
