@@ -80,7 +80,7 @@ def _held(record: Quantization, names: Sequence[str]) -> list[str]:
 
 
 def _weight_error(record: Quantization, method: str) -> float:
-    """Measured in the middle layer; of published figures, which tell it for round-to-nearest, the mean of all layers."""
+    """Measured in the middle layer; of published figures, which tell it of round-to-nearest, the mean over layers."""
     if record.has("method_weight_error"):
         return record.weight_error_of(method)
     return float(record.mean_weight_error(int(method.removeprefix("rtn_"))).mean())
@@ -100,8 +100,8 @@ def _seen(record: Quantization) -> str:
     damage = record.two_bit_damage
     worst, most = record.ranked(damage)[0], str(record.type_damage.idxmax().values)
     said = (
-        f"{drawing.name_of(record)}: most at layer {worst} ({float(np.max(damage)):+.2f} nat per token at 2 bits), most "
-        f"through {most}; whole model {record.method_damage('rtn_4'):+.2f} at 4 bits, "
+        f"{drawing.name_of(record)}: most at layer {worst} ({float(np.max(damage)):+.2f} nat per token at 2 bits), "
+        f"most through {most}; whole model {record.method_damage('rtn_4'):+.2f} at 4 bits, "
         f"{record.method_damage('rtn_3'):+.2f} at 3"
     )
     try:
