@@ -12,7 +12,7 @@ from lab import published
 from lab.corpora.batches import TokenText, token_batches
 from lab.errors import UserError
 from lab.experiments.systems.measuring.quantization_methods import methods
-from lab.experiments.systems.quantization import DISTINCT_LIMIT, Quantization
+from lab.experiments.systems.quantization import Quantization
 from lab.quantization import recipes
 from lab.quantization.layers import Workshop, matrices
 from lab.quantization.libraries import GGUF, NormalFloat4, TorchAO, to_nf4_
@@ -25,6 +25,7 @@ from lab.quantization.rounding import (
     largest_group,
     relative_error,
 )
+from lab.quantization.whole_models import DISTINCT_LIMIT
 from lab.residual.executor import Executor
 from lab.residual.programs import identity
 from lab.residual.readouts import CompletionLoss
