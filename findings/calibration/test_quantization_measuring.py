@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lab.errors import NotApplicable, UserError
-from lab.experiments.systems.measuring import quantization as measuring
+from lab.experiments.systems.measuring.quantization_weights import expected_gigabytes
+from lab.experiments.systems.measuring.quantization_workbench import samples
 from lab.experiments.systems.quantization import Budget, Quantization, measure
 from lab.quantization import footprint, libraries
 from lab.quantization.libraries import GGUF
@@ -87,14 +88,14 @@ def test_single_matrices_of_every_other_layer():
 def test_texts_of_recipes_are_others_than_those_of_the_layer_sweep():
     subject = loaded(model_of())
     for budget in (BUDGET, replace(BUDGET, layer_tokens=20, method_tokens=20, matrix_tokens=10)):
-        layers, methods, matrices = measuring.samples(random_corpus(LENGTHS), subject, budget)
+        layers, methods, matrices = samples(random_corpus(LENGTHS), subject, budget)
         assert not set(layers.prompts) & set(methods.prompts)
         assert set(matrices.prompts) <= set(layers.prompts)
 
 
 def test_texts_are_completions_without_prompts():
     corpus = random_corpus(((7, 15), (4, 9)))
-    layers, _, _ = measuring.samples(corpus, loaded(model_of()), replace(BUDGET, block_tokens=10))
+    layers, _, _ = samples(corpus, loaded(model_of()), replace(BUDGET, block_tokens=10))
     (text,) = layers.texts
     assert text.ids == corpus.texts[0].completion_ids[:10]
     assert text.targets == tuple(range(1, 10))  # the first token has nothing before it
@@ -103,14 +104,14 @@ def test_texts_are_completions_without_prompts():
 def test_a_start_token_is_kept_where_prompts_have_one():
     corpus = random_corpus(((7, 15), (4, 9)))
     begun = [replace(text, prompt_ids=(1, *text.prompt_ids[1:])) for text in corpus.texts]
-    layers, _, _ = measuring.samples(replace(corpus, texts=tuple(begun)), loaded(model_of()), BUDGET)
+    layers, _, _ = samples(replace(corpus, texts=tuple(begun)), loaded(model_of()), BUDGET)
     assert layers.texts[0].ids == (1, *corpus.texts[0].completion_ids)
     assert layers.texts[0].targets == tuple(range(1, 16))
 
 
 def test_too_few_texts_are_refused():
     with pytest.raises(UserError, match="too few for two samples"):
-        measuring.samples(random_corpus(((7, 15),)), loaded(model_of()), BUDGET)
+        samples(random_corpus(((7, 15),)), loaded(model_of()), BUDGET)
 
 
 def test_weights_on_a_grid_bar_claims_about_full_precision():
@@ -156,7 +157,7 @@ def test_stored_bytes_are_what_arithmetic_expects(folder, method):
     total = sum(parameter.numel() for parameter in model.parameters())
     head, tied = model.lm_head.weight.numel(), model.config.tie_word_embeddings
     linear = sum(w.numel() for name, w in model.named_parameters() if "layers" in name and w.dim() == 2)
-    expected = measuring.expected_gigabytes(linear, total, head, tied, 64)[method]
+    expected = expected_gigabytes(linear, total, head, tied, 64)[method]
     quantized = footprint.quantize_model(model, method, 64)
     found = footprint.stored_bytes(quantized) / footprint.GIGABYTE
     # channel scales and codebooks weigh more in a tiny model
@@ -175,3 +176,12 @@ def test_a_process_of_its_own_sees_the_same_bytes(folder):
 def test_a_failing_process_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot measure the memory of bfloat16"):
         footprint.footprint(tmp_path, "bfloat16", 64)
+
+
+def test_scales_of_four_bit_weights_are_counted():
+    """Codes, 8-bit scales of blocks of 64, float32 scales of 256 of those, their mean, and the two codebooks."""
+    layer = torch.nn.Sequential(torch.nn.Linear(1024, 256, bias=False).bfloat16())
+    weights = 1024 * 256
+    blocks = weights // 64
+    expected = weights // 2 + blocks + blocks // 256 * 4 + 4 + 16 * 4 + 256 * 4
+    assert footprint.stored_bytes(libraries.to_nf4_(layer)) == expected
