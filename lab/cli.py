@@ -1,4 +1,4 @@
-"""The command line beside pytest's: subjects, their weights and their completions."""
+"""The command line beside pytest's: subjects, their weights and completions, figures, and the atlas."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Subjects of the findings: the models under study, their weights and their completions.",
+    help="The findings beside pytest: subjects and their weights, figures of what is recorded, and the atlas.",
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A catalogued subject, a folder, a .gguf file or a hub id.")]
@@ -97,6 +97,41 @@ def complete(
         device=device,
     )
     console.print(f"{subject.name}: {saved}", highlight=False)
+
+
+@app.command()
+def figure(
+    name: Annotated[
+        str, typer.Argument(metavar="EXPERIMENT", help="An experiment's name, or an agenda id such as T-2.")
+    ],
+    subject: Annotated[
+        list[str] | None, typer.Option(help="A subject to draw; repeatable (default: all that are recorded).")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A .svg, .png or .pdf file.")] = None,
+) -> None:
+    """Draw an experiment's figure from the committed snapshots."""
+    from lab.report import commands
+
+    for path in commands.draw(name, subject or [], output or Path(f"{name}.svg")):
+        Console(soft_wrap=True).print(str(path), highlight=False, markup=False)
+
+
+@app.command()
+def report(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder of the site.")] = Path("results/atlas"),
+    verdicts: Annotated[Path | None, typer.Option(help="Results of a fresh run, of pytest --verdicts FILE.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Write the results into this README, and no site.")] = None,
+) -> None:
+    """Write the atlas, a static site of claims and subjects, from the committed snapshots."""
+    from lab.report import commands
+
+    console = Console(soft_wrap=True)
+    if readme is not None:
+        for path in commands.update_readme(readme):
+            console.print(str(path), highlight=False, markup=False)
+        return
+    page, size = commands.report(output, verdicts)
+    console.print(f"{page} ({size / 1e6:.1f} MB)", highlight=False, markup=False)
 
 
 def resolve(name: str) -> Facts:

@@ -1,4 +1,4 @@
-"""The drawing kit of the figures: panels over relative depth, matrices, points, bars and trees, and their files.
+"""The drawing kit of the figures: panels over relative depth, matrices, points, bars and trees.
 
 An experiment's figure is a module `lab/experiments/<group>/figures/<name>.py` with `figure(records)` and
 `describe(records)`, see `lab.report.figures`. It builds its panels here:
@@ -12,34 +12,24 @@ A function that draws records skips those that lack the quantity, and says so in
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
-from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import CenteredNorm, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from lab import files
-from lab.errors import NotApplicable, UserError
+from lab.errors import NotApplicable
 from lab.records import Record
-from lab.report.scales import Scale, set_scale
-from lab.report.style import DIVERGING, INK, MUTED, SEQUENTIAL, SETTINGS, looks
-from lab.report.svg import tidy
+from lab.report.scales import Scale, plain, set_scale
+from lab.report.style import DIVERGING, INK, MUTED, SEQUENTIAL, looks
 
 __all__ = [
-    "FORMATS",
     "Quantity",
     "Scale",
     "bars",
@@ -53,17 +43,14 @@ __all__ = [
     "panels",
     "reference",
     "relative_depth",
-    "save",
     "scatter",
     "set_scale",
-    "svg",
     "value",
 ]
 
 WIDTH = 7.2  #: inches; a page's column, and two columns of a paper
 PANEL_HEIGHT = 2.6  #: inches
 DEPTH_LABEL = "relative depth [layer / number of layers]"
-FORMATS = ("svg", "png", "pdf")
 
 #: a property of the records by name, or a function of a record; only a named one has a band
 Quantity = str | Callable[[Any], xr.DataArray]
@@ -239,6 +226,8 @@ def heatmap(
     drawn = axes.imshow(values, cmap=colours, norm=norm, interpolation="nearest", extent=extent, aspect="auto")
     bar = axes.figure.colorbar(drawn, ax=axes, extend="both" if limits or scale == "diverging" else "neither")
     bar.set_label(label)
+    if scale == "log":
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(plain))
     bar.outline.set_visible(False)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.set_box_aspect(values.shape[0] / values.shape[1] if 0.5 <= values.shape[0] / values.shape[1] <= 2 else None)
@@ -265,7 +254,7 @@ def dendrogram(
     for x, y in zip(tree["icoord"], tree["dcoord"], strict=True):
         axes.plot(x, y, color=INK, linewidth=0.9)
     leaves = 5 + 10 * np.arange(len(tree["ivl"]))  # scipy sets leaves 10 apart
-    axes.set_xticks(leaves, [str(leaf) for leaf in tree["ivl"]], rotation=90, fontsize=6)
+    axes.set_xticks(leaves, [str(leaf) for leaf in tree["ivl"]], rotation=90, fontsize=6 if len(leaves) <= 30 else 5)
     if cut is not None:
         axes.axhline(cut, color=MUTED, linestyle="--", linewidth=0.9)
     axes.set(xlabel="layer", ylabel=label, title=title)
@@ -287,7 +276,7 @@ def legend(figure: Figure, records: Sequence[Record], *, bands: bool = True) -> 
     """One legend for all panels, above them: subjects, which numbers are published, and what a band is."""
     handles = [Line2D([], [], label=look.label, **look.line()) for look in looks(records)]
     if bands and any(record.kept_bands or record.sampling_sizes for record in records):
-        label = "95 % bootstrap interval over prompts"
+        label = "95 % bootstrap interval"
         handles.append(Line2D([], [], color=MUTED, alpha=0.3, linewidth=6, label=label))
     figure.legend(handles=handles, loc="outside upper left", ncols=min(3, len(handles)), handlelength=2.6)
 
@@ -295,52 +284,6 @@ def legend(figure: Figure, records: Sequence[Record], *, bands: bool = True) -> 
 def name_of(record: Record) -> str:
     """Subject, and `published` where the numbers are: the title of a panel that shows one record."""
     return looks([record])[0].label
-
-
-# ---- files
-
-
-def svg(figure: Figure, *, title: str, description: str, prefix: str = "figure") -> str:
-    """The figure as an SVG element with title and description for those who do not see it.
-
-    The same figure gives the same text, byte for byte: no date, salted identifiers, coordinates of a hundredth point.
-
-    Args:
-        prefix: of all identifiers, so that several drawings can stand in one page.
-    """
-    text = io.StringIO()
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
-        FigureCanvasSVG(figure).print_svg(text, metadata=nothing)  # type: ignore[no-untyped-call]
-    element = tidy(text.getvalue(), prefix)
-    named = f'role="img" aria-labelledby="{prefix}-title {prefix}-description"'
-    said = f'<title id="{prefix}-title">{escape(title)}</title>'
-    said += f'<desc id="{prefix}-description">{escape(description)}</desc>'
-    return re.sub(r"<svg([^>]*)>", lambda tag: f"<svg{tag[1]} {named}>{said}", element, count=1) + "\n"
-
-
-def save(figure: Figure, path: Path, *, title: str, description: str) -> None:
-    """Write the figure, whole or not at all, in the format that the file's ending names: svg, png or pdf.
-
-    Raises:
-        UserError: another ending, or the file cannot be written.
-    """
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in FORMATS:
-        raise UserError(f"cannot draw to {path}: its ending must be one of {', '.join(f'.{name}' for name in FORMATS)}")
-    if kind == "svg":
-        files.write_text(
-            path, f'<?xml version="1.0" encoding="utf-8"?>\n{svg(figure, title=title, description=description)}'
-        )
-        return
-    with files.atomic_path(path) as part, matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
-        if kind == "png":
-            figure.set_dpi(160)
-            facts = {"Title": title, "Description": description}
-            FigureCanvasAgg(figure).print_png(str(part), metadata=facts)  # type: ignore[no-untyped-call]
-        else:
-            about = {"Title": title, "Subject": description, "CreationDate": None}
-            FigureCanvasPdf(figure).print_pdf(str(part), metadata=about)  # type: ignore[no-untyped-call]
 
 
 def _labels(record: Record, quantity: Quantity) -> list[Any]:

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from lab import experiments
 from lab.records import Record
-from lab.report import drawing
+from lab.report import output
 from lab.report.style import SETTINGS
 
 
@@ -53,13 +53,13 @@ class ExperimentFigure:
         return f"{experiment.id} {experiment.title}"
 
     def svg(self, records: Sequence[Record]) -> str:
-        """The figure as an SVG element, see `drawing.svg`."""
+        """The figure as an SVG element, see `output.svg`."""
         drawn = self.draw(records)
-        return drawing.svg(drawn, title=self.title, description=self.describe(records), prefix=self.name)
+        return output.svg(drawn, title=self.title, description=self.describe(records), prefix=self.name)
 
     def save(self, records: Sequence[Record], path: Path) -> None:
-        """Write the figure to a file, see `drawing.save`."""
-        drawing.save(self.draw(records), path, title=self.title, description=self.describe(records))
+        """Write the figure to a file, see `output.save`."""
+        output.save(self.draw(records), path, title=self.title, description=self.describe(records))
 
 
 @cache

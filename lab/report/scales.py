@@ -25,11 +25,12 @@ def set_scale(axes: Axes, scale: Scale, linear_below: float = 0.1) -> None:
     else:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(_few_minor_labels(axes))
-    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.yaxis.set_major_formatter(FuncFormatter(plain))
     axes.autoscale_view()
 
 
-def _plain(at: float, _: int | None = None) -> str:
+def plain(at: float, _: int | None = None) -> str:
+    """A number as an axis prints it."""
     return f"{at:,.10g}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -40,6 +41,6 @@ def _few_minor_labels(axes: Axes) -> FuncFormatter:
         decades = np.log10(high / low)
         leading = round(at / 10.0 ** np.floor(np.log10(at)))
         wanted = {2, 3, 4, 5, 6, 7, 8} if decades < 0.7 else {2, 5} if decades < 2.2 else set()
-        return _plain(at) if leading in wanted else ""
+        return plain(at) if leading in wanted else ""
 
     return FuncFormatter(formatted)

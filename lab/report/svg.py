@@ -22,6 +22,8 @@ def tidy(text: str, prefix: str) -> str:
     everywhere = 'stroke-linejoin="round" stroke-linecap="butt"'
     element = re.sub(r"<defs><style[^>]*>\*\{[^}]*\}</style></defs>", "", element, count=1)
     element = element.replace("<svg ", f"<svg {everywhere} ", 1)
+    # Hatches are coloured by attributes; as styles they can follow a page's colours like all else.
+    element = re.sub(r'(<rect[^>]*) fill="(#\w{6})"', r'\1 style="fill: \2"', element)
     element = _short_identifiers(element, prefix)
     element = re.sub(r' (d|x|y|transform)="([^"]*)"', lambda found: f' {found[1]}="{_rounded(found[2])}"', element)
     return _classes(element, prefix)

@@ -27,7 +27,7 @@ def figure(records: Sequence[LogitLens]) -> Figure:
     entropy.set_title("Uncertainty of the lens")
     drawing.depth_profiles(hurt, records, "hurt_fraction", label="tokens hurt [share of tokens]")
     hurt.set_title("Layers that worsen a good rank")
-    drawing.depth_profiles(settled, records, _settled_share, label="tokens settled [share of settling tokens]")
+    drawing.depth_profiles(settled, records, _settled_share, label="tokens settled [share]")
     settled.set_title("In the top 10 for good")
     drawing.bars(classes, records, _class_depth, x_label="class of the token", label="depth of settling [layer / L]")
     classes.set_title("Settling by class of token")
