@@ -156,7 +156,8 @@ def to_int8_(layer: nn.Module) -> nn.Module:
                 threshold=OUTLIER_THRESHOLD,
                 device="meta",
             )
-            replaced.weight = Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
+            # Int8Params quantizes on its way from the CPU, wherever it goes.
+            replaced.weight = Int8Params(module.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
             replaced.bias = module.bias
             _put(layer, path, replaced.to(module.weight.device))
     return layer
