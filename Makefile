@@ -2,24 +2,34 @@
 PYTHON ?= python3
 SUBJECTS ?= smollm2-135m-instruct
 RESULTS ?= results
+GPU_SUBJECTS ?= qwen3-4b-instruct-2507
+BUDGET ?= quick
+# More options for pytest, such as --snapshot-update.
+OPTIONS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 ATLAS = $(BIN)/python -m lab report --output $(RESULTS)/atlas
-WRITE_RESULTS = --verdicts $(RESULTS)/verdicts.json --junitxml $(RESULTS)/junit.xml
+WRITE_RESULTS = --verdicts $(RESULTS)/verdicts.json --drift $(RESULTS)/drift.json \
+	--summary $(RESULTS)/summary.md --junitxml $(RESULTS)/junit.xml
 
-.PHONY: findings test atlas lint bench install clean
+.PHONY: findings test gpu atlas lint bench alarms install clean
 
 # Audit every claim on the published figures and measure the subjects; verdict table and atlas are the result.
 findings: $(INSTALLED)
 	$(BIN)/python -m lab fetch $(SUBJECTS)
-	$(BIN)/pytest findings -m "published or (measured and not gpu)" $(SUBJECTS:%=--subject %) $(WRITE_RESULTS); \
+	$(BIN)/pytest findings -m "published or (measured and not gpu)" $(SUBJECTS:%=--subject %) $(WRITE_RESULTS) $(OPTIONS); \
 	status=$$?; $(ATLAS) --verdicts $(RESULTS)/verdicts.json && exit $$status
 
 # The instruments' calibration, then the whole suite against the committed snapshots.
 test: $(INSTALLED)
 	$(BIN)/python -m lab fetch smollm2-135m-instruct
-	$(BIN)/pytest findings $(WRITE_RESULTS)
+	$(BIN)/pytest findings $(WRITE_RESULTS) $(OPTIONS)
+
+# What needs a CUDA device, on the models that the findings were published on.
+gpu: $(INSTALLED)
+	$(BIN)/python -m lab fetch $(GPU_SUBJECTS)
+	$(BIN)/pytest findings -m gpu --budget $(BUDGET) $(WRITE_RESULTS) $(OPTIONS)
 
 # The static site of claims and subjects, from the committed snapshots: seconds, no weights.
 atlas: $(INSTALLED)
@@ -33,6 +43,11 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m lab fetch smollm2-135m-instruct
 	$(BIN)/pytest findings -m benchmark --benchmark-only --benchmark-columns=min,mean,rounds
+
+# Whether the drift gate cries wolf or sleeps, tried at length; OPTIONS=--snapshot-update records what is found.
+alarms: $(INSTALLED)
+	$(BIN)/python -m lab fetch smollm2-135m-instruct
+	$(BIN)/pytest findings/calibration/test_alarms_on_smollm2.py $(OPTIONS)
 
 install: $(INSTALLED)
 

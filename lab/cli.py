@@ -1,4 +1,4 @@
-"""The command line beside pytest's: subjects, their weights and completions, figures, and the atlas."""
+"""The command line beside pytest's: subjects with weights and completions, figures, the atlas, and what moved."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from lab.errors import UserError
+from lab.snapshots.command import drift
 from lab.subjects import weights
 from lab.subjects.catalog import catalog, facts
 from lab.subjects.facts import Facts, Hub
@@ -23,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="The findings beside pytest: subjects and their weights, figures of what is recorded, and the atlas.",
+    help="Beside `pytest findings`: subjects and their weights, figures of what was found, the atlas, what moved.",
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A catalogued subject, a folder, a .gguf file or a hub id.")]
@@ -132,6 +133,9 @@ def report(
         return
     page, size = commands.report(output, verdicts)
     console.print(f"{page} ({size / 1e6:.1f} MB)", highlight=False, markup=False)
+
+
+app.command()(drift)
 
 
 def resolve(name: str) -> Facts:

@@ -137,7 +137,9 @@ def toy_world(folder, patch):
     patch("lab.corpora.reading.committed_path", lambda subject: Path(folder) / "completions.json")
     patch("lab.corpora.corpus.load_corpus", lambda facts, tokenizer, path: corpus)
     sys.modules["lab.subjects.loading"] = loading
-    sys.modules["torch"] = SimpleNamespace(get_num_threads=lambda: 1)
+    backends = SimpleNamespace(cpu=SimpleNamespace(get_cpu_capability=lambda: "TOY"))
+    cuda = SimpleNamespace(get_device_name=lambda: "toy device")
+    sys.modules["torch"] = SimpleNamespace(get_num_threads=lambda: 1, backends=backends, cuda=cuda)
 
 
 class Suite:
@@ -224,6 +226,7 @@ def suite(imported, pytester, monkeypatch, tmp_path) -> Suite:
     monkeypatch.setenv("TOY_VALUES", str(pytester.path / "values.json"))
     monkeypatch.setenv("TOY_LOG", str(pytester.path / "log"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)  # toys are no findings of the run that tests them
     monkeypatch.syspath_prepend(pytester.path)
     for name in ("lab.subjects.loading", "torch"):  # toy_world replaces them; this restores them
         monkeypatch.setitem(sys.modules, name, None)

@@ -1,6 +1,7 @@
 """Snapshots: what they hold, what counts as drift, and how they are updated."""
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from lab import experiments
 from lab.errors import UserError
 from lab.experiments import Experiment, Tolerance
 from lab.records import Record, variable
-from lab.snapshots import drift, numbers
-from lab.snapshots.addresses import load, natural
+from lab.snapshots import drift, numbers, provenance
+from lab.snapshots.addresses import Address, load, natural
+from lab.snapshots.labels import labels, spans
 
 pytestmark = pytest.mark.calibration
 
@@ -37,6 +39,7 @@ def tolerances(request, monkeypatch):
     allowed = {"": Tolerance(0.01, 0.0, "a percent"), "loss": Tolerance(0.0, 0.5, "half a nat")}
     toy = Experiment("X-1", "Toy", "?", Record, xr.Dataset, {}, allowed)
     monkeypatch.setattr(experiments, "experiment", lambda name: toy)
+    monkeypatch.setattr(experiments, "modules", lambda: {"toy": "toy"})
 
 
 def moves(before, after):
@@ -64,29 +67,116 @@ def test_nan_equals_nan_and_nothing_else():
 def test_another_form_is_drift():
     before, after = numbers.of_record(record(1.0)), numbers.of_record(record(1.0, layers=(1.0,)))
     assert [move.text for move in drift.moves(before, after)] == [
-        "best: other coords than in the snapshot",
-        "layer_loss: other coords than in the snapshot",
+        "best: other form: labels of layer: 2 -> 1",
+        "layer_loss: other form: labels of layer: 2 -> 1",
     ]
     del after["numbers"]["best"]
     assert "best: no longer measured" in [move.text for move in drift.moves(before, after)]
     assert "best: not in the snapshot" in [move.text for move in drift.moves(after, before)]
 
 
-def test_the_report_says_what_else_changed():
+def test_what_else_changed_comes_in_the_order_in_which_it_explains():
+    old = {"libraries": {"torch": "2.10"}, "subject": "a" * 64, "settings": {"prompts": 28, "tokens": None}}
+    new = {"libraries": {"torch": "2.13"}, "subject": "b" * 64, "settings": {"prompts": 28, "tokens": 9}, "device": "x"}
+    assert provenance.changes(old, new) == [
+        f"weights: {'a' * 12} -> {'b' * 12}",
+        "settings.tokens: None -> 9",
+        "device: not recorded -> x",
+        "libraries.torch: 2.10 -> 2.13",
+    ]
+
+
+def test_the_report_tells_how_much_where_the_tolerance_and_what_else_changed():
     before = numbers.of_record(record(1.0, settings={"prompts": 28}, libraries={"torch": "2.10"}))
-    after = numbers.of_record(record(2.0, settings={"prompts": 28}, libraries={"torch": "2.13"}))
-    assert drift.report(before, after)[1:] == ["what else changed:", "  libraries.torch: 2.10 -> 2.13"]
-    assert drift.report(before, before)[-1] == "  nothing: same provenance"
+    after = numbers.of_record(record(2.0, layers=(3.0, 2.0), settings={"prompts": 28}, libraries={"torch": "2.13"}))
+    assert drift.report(before, after) == [
+        "2 of 5 numbers moved by more than their tolerance, in 2 of 3 quantities, at 1 of 2 layers",
+        "  layer_loss[layer=0]: 1 -> 3 nat/token (+200.00%, 200 x the tolerance)",
+        "  loss: 1 -> 2 nat/token (+100.00%, 2 x the tolerance)",
+        "  tolerance of layer_loss: 1 % (a percent)",
+        "  tolerance of loss: 0.5 nat/token (half a nat)",
+        "what else changed:",
+        "  libraries.torch: 2.10 -> 2.13",
+    ]
+    assert drift.report(before, before) == [
+        "none of 5 numbers moved by more than its tolerance",
+        "what else changed:",
+        "  nothing: same provenance",
+    ]
 
 
-def test_the_report_is_short():
-    many = record(0.0, layers=tuple(range(1, 3)))
-    wide = many.data.drop_vars("best").isel(layer=np.arange(30) % 2).assign_coords(layer=np.arange(30))
-    before, after = numbers.of_record(Record(wide)), numbers.of_record(Record(wide * 2))
-    after |= {name: before[name] for name in ("experiment", "provenance")}
-    for name, entry in after["numbers"].items():
-        entry["unit"] = before["numbers"][name]["unit"]
-    assert "... and 22 more" in drift.report(before, after)
+def test_the_report_is_one_screen():
+    layers = np.arange(30)
+    losses = {f"loss_{number}": variable("layer", layers + 1.0, "nat/token", "loss") for number in range(40)}
+    attributes = {"experiment": "toy", "subject": "tiny", "source": "measured", "condition": "quick-bfloat16"}
+    data = xr.Dataset(losses, {"layer": layers}, attributes)
+    moved = data.copy()
+    moved["loss_7"] = data["loss_7"] * xr.where(data["layer"].isin([0, 4, 5, 6, 7, 29]), 3, 1)
+    report = drift.report(numbers.of_record(Record(data)), numbers.of_record(Record(moved)))
+    assert report[:2] == [
+        "6 of 1200 numbers moved by more than their tolerance, in 1 of 40 quantities, at 6 of 30 layers",
+        "  loss_7[layer=0]: 1 -> 3 nat/token (+200.00%, 200 x the tolerance); 5 more at layers 4-7, 29",
+    ]
+    every = Record(data.map(lambda values: values * 2, keep_attrs=True).assign_attrs(attributes))
+    report = drift.report(numbers.of_record(Record(data)), numbers.of_record(every))
+    assert report[0].endswith("in 40 of 40 quantities, at all 30 layers")
+    assert "  and 32 more quantities: loss_16, loss_17, loss_18 and 29 more" in report
+    assert len(report) < 24
+
+
+def test_numbered_places_say_which_layers_they_are_about():
+    """What names pairs, blocks and steps is found by its form, whatever an experiment calls it."""
+    data = xr.Dataset(
+        {
+            "pair_loss": variable("pair", [1.0, 2.0], "nat/token", "loss"),
+            "pair_first_layer": variable("pair", [3, 4], "layer", "lower"),
+            "pair_second_layer": variable("pair", [7, 8], "layer", "higher"),
+            "tensor_norm": variable("tensor", [1.0, 2.0], "1", "norm"),
+            "tensor_name": variable("tensor", ["q", "k"], "name", "name"),
+            "tensor_count": variable("tensor", [5, 6], "token", "a count, not a name"),
+            "pruning_loss": variable("step", [1.0, 2.0, 3.0], "nat/token", "loss"),
+            "naive_loss": variable("step", [1.0, 2.0, 3.0], "nat/token", "loss along another path"),
+            "pruning_removed_layer": variable("removal", [11, 5], "layer", "removed"),
+            "best_layer": variable("layer", [1, 1], "layer", "a finding, not a name"),
+            "layer_loss": variable("layer", [1.0, 2.0], "nat/token", "loss"),
+        },
+        {"step": [0, 1, 2], "removal": [1, 2]},
+    )
+    found = numbers.of_summary(data)
+
+    def place(name, at):
+        (axes,) = labels(found, name, [(at,)])
+        return ", ".join(axis.text for axis in axes)
+
+    assert place("pair_loss", 1) == "pair=1 (first_layer=4, second_layer=8)"
+    assert place("tensor_norm", 0) == "tensor=0 (name=q)"
+    assert place("pruning_loss", 0) == "step=0"
+    assert place("pruning_loss", 2) == "step=2 (pruning_removed_layer=5)"
+    assert place("naive_loss", 2) == "step=2"
+    assert place("layer_loss", 1) == "layer=1"
+
+
+def test_a_pair_of_the_recorded_knockouts_names_its_layers():
+    before = load(Address("smollm2-135m-instruct", "quick-bfloat16", "layer_knockout").path)
+    after = json.loads(json.dumps(before))
+    after["numbers"]["pair_knockout_loss"]["values"][284] *= 2
+    (move,) = drift.of_variable("layer_knockout", "pair_knockout_loss", before["numbers"], after["numbers"])
+    first, second = list(combinations(range(30), 2))[284]
+    assert move.name() == f"pair_knockout_loss[pair=284 (first_layer={first}, second_layer={second})]"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"), [([], ""), ([4], "4"), ([2, 1], "1, 2"), ([9, 3, 4, 5, 1], "1, 3-5, 9"), ([1, 1, 2, 3], "1-3")]
+)
+def test_runs_of_layers_are_joined(values, text):
+    assert spans(values) == text
+
+
+def test_an_experiment_that_is_unknown_here_is_compared_exactly():
+    before, after = numbers.of_record(record(1.0)), numbers.of_record(record(1.000001))
+    assert drift.moves(before, after) == []
+    before["experiment"] = after["experiment"] = "forgotten"
+    assert "exactly" in drift.report(before, numbers.of_record(record(1.1)) | {"experiment": "forgotten"})[2]
 
 
 def test_what_is_written_is_what_is_read():
@@ -116,7 +206,7 @@ def test_updates_merge(tmp_path, monkeypatch):
     first.note_numbers(path, numbers.dump(numbers.of_record(record(1.0))))
     first.note_verdict(path, "T-2.10", None, {"verdict": "holds"})
     first.note_verdict(path, "T-2.9", "L01", {"verdict": "holds"})
-    assert first.write() == [path]
+    assert first.write() == []
     second = Snapshots()
     second.note_verdict(path, "T-2.10", None, {"verdict": "refuted"})
     second.write()
@@ -126,6 +216,24 @@ def test_updates_merge(tmp_path, monkeypatch):
         ("T-2.10", {"verdict": "refuted"}),
     ]
     assert content["numbers"] == numbers.of_record(record(1.0))["numbers"]
+
+
+def test_claims_that_are_stated_no_more_are_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setenv("DL_FINDINGS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "tiny" / "quick" / "toy.json"
+    for stated, expected in [
+        (None, ["T-2.1", "T-2.2 L01"]),
+        ({"T-2.1", "T-2.2"}, ["T-2.1", "T-2.2 L01"]),
+        ({"T-2.1"}, ["T-2.1"]),
+    ]:
+        first = Snapshots()
+        first.note_verdict(path, "T-2.1", None, {"verdict": "holds"})
+        first.note_verdict(path, "T-2.2", "L01", {"verdict": "holds"})
+        first.write()
+        second = Snapshots()
+        second.note_verdict(path, "T-2.1", None, {"verdict": "refuted"})
+        assert second.write(stated) == ["tiny T-2.2 L01"][: 2 - len(expected)]
+        assert list(load(path)["verdicts"]) == expected
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"numbers": 1}', '{"verdicts": {"T-2.1": "holds"}}'])
@@ -171,6 +279,19 @@ def test_an_update_of_some_claims_keeps_the_rest(suite):
     assert after == before
 
 
+def test_an_update_forgets_claims_that_no_test_states(suite):
+    suite.run("--snapshot-update")
+    text = (suite.folder / "test_toy.py").read_text()
+    suite.claims(text.replace("X-1.1b", "X-1.2").replace("X-1.10", "X-1.3"))
+    suite.run()
+    assert "X-1.1b L00" in suite.recorded()["verdicts"]
+    result = suite.run("--snapshot-update", "-k", "X-1.3")
+    result.stdout.fnmatch_lines(
+        ["verdicts of claims that no longer exist, taken out: tiny X-1.1b L00, tiny X-1.1b L01, tiny X-1.1b L02, *"]
+    )
+    assert list(suite.recorded()["verdicts"]) == ["X-1.1", "X-1.3"]
+
+
 def test_without_the_option_nothing_is_written(suite):
     suite.run()
     assert not suite.snapshot().exists()
@@ -213,53 +334,3 @@ def test_conditions_have_snapshots_of_their_own(suite):
     suite.run("--snapshot-update", "--dtype", "float32", "--device", "cuda")
     assert suite.snapshot(condition="quick-float32-cuda").exists()
     assert suite.recorded(condition="quick-float32-cuda")["condition"] == "quick-float32-cuda"
-
-
-# ---- bands
-
-
-class Sampled(Record):
-    profiles = ("layer_loss",)
-
-    @property
-    def layer_loss(self):
-        return self.mean("layer_loss")
-
-
-def sampled(rows=40):
-    values = np.random.default_rng(1).normal([[1.0], [3.0]], 1.0, size=(2, rows))
-    data = xr.Dataset(
-        {
-            "scored_tokens": variable("prompt", np.ones(rows), "token", "scored tokens"),
-            "layer_loss": variable(("layer", "prompt"), values, "nat/token", "loss per layer"),
-        },
-        {"layer": [0, 1]},
-        {"experiment": "toy", "subject": "tiny", "source": "measured", "condition": "quick-bfloat16"},
-    )
-    return Sampled(data)
-
-
-def test_a_band_is_the_bootstrap_interval_of_the_mean():
-    """Of 40 draws with standard deviation 1 the interval is about 2 * 1.96 / sqrt(40) = 0.62 wide."""
-    found = sampled()
-    band = found.band("layer_loss")
-    assert (band.sel(bound="low") < found.layer_loss).all()
-    assert (found.layer_loss < band.sel(bound="high")).all()
-    width = band.sel(bound="high") - band.sel(bound="low")
-    np.testing.assert_allclose(width, 2 * 1.96 / np.sqrt(40), rtol=0.35)
-
-
-def test_a_snapshot_gives_back_numbers_and_bands(monkeypatch):
-    toy = Experiment("X-1", "Toy", "?", Sampled, None, {}, {"": Tolerance(0.01, 0, "exact")})
-    monkeypatch.setattr(experiments, "experiment", lambda name: toy)
-    found = sampled()
-    again = numbers.to_record(numbers.parse(numbers.dump(numbers.of_record(found))))
-    assert (again.subject, again.source, again.condition) == ("tiny", "measured", "quick-bfloat16")
-    np.testing.assert_allclose(again.layer_loss, found.layer_loss, rtol=1e-5)
-    np.testing.assert_allclose(again.band("layer_loss"), found.band("layer_loss"), rtol=1e-5)
-    assert again.resamples == []
-    assert numbers.of_record(again)["bands"] == numbers.of_record(found)["bands"]
-
-
-def test_a_record_without_samples_has_no_band():
-    assert record(1.0).band("layer_loss") is None

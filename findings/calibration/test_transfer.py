@@ -47,7 +47,7 @@ def options(model: str | None = "mine", **changes) -> Options:
     usual = {
         "measured": (), "published": False, "chosen": True, "gpu": False, "calibration": True, "against": None,
         "worker": None, "corpus": None, "budget": "quick", "dtype": "bfloat16", "device": None, "fresh": False,
-        "verdicts": None, "update": False,
+        "verdicts": None, "drift": None, "summary": None, "step_summary": None, "update": False,
     }  # fmt: skip
     return Options(model=model, **(usual | changes))
 
@@ -131,6 +131,7 @@ def percent(monkeypatch):
     """An experiment whose numbers may differ by a percent."""
     toy = Experiment("X-1", "Toy", "?", Record, lambda: None, {}, {"": Tolerance(0.01, 0.0, "a percent")})
     monkeypatch.setattr(experiments, "experiment", lambda name: toy)
+    monkeypatch.setattr(experiments, "modules", lambda: {"toy": "toy"})
 
 
 @pytest.mark.usefixtures("percent")

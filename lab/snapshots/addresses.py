@@ -41,13 +41,19 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: truncated, empty, or of another form.
     """
-    if not path.exists():
-        return {}
-    content = files.read_json(path, WHAT)
+    return checked(files.read_json(path, WHAT), str(path)) if path.exists() else {}
+
+
+def checked(content: Any, name: str) -> dict[str, Any]:
+    """A snapshot's parsed content, if it has a snapshot's form.
+
+    Raises:
+        UserError: it has not; `name` says where it lies.
+    """
     for part in ("numbers", "bands", "verdicts"):
         entries = content.get(part, {}) if isinstance(content, dict) else None
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-            raise UserError(f"the {WHAT} {path} has no proper {part}; restore it, or record it anew with {UPDATE}")
+            raise UserError(f"the {WHAT} {name} has no proper {part}; restore it, or record it anew with {UPDATE}")
     return dict(content)
 
 

@@ -1,0 +1,1 @@
+"""How well the drift gate is set: circumstances that must raise no alarm, and real changes that must raise one."""
