@@ -1,9 +1,10 @@
-"""The drift gate on SmolLM2: no false alarms, no missed ones. Takes half an hour on two cores.
+"""The drift gate on SmolLM2: no false alarms, no missed ones. Takes about 40 minutes on two cores.
 
 `pytest findings/calibration/test_alarms_on_smollm2.py` measures the experiments again and again on a few
 prompts and compares with a first time: under other circumstances every number must stay within its tolerance,
 after a real change one at least must not. Finished measurements are kept in the measurement store, so an
-interrupted run resumes. `--snapshot-update` records what was found in `data/alarms.json`, which
+interrupted run resumes; on two AVX2 cores beside other work a trial of the logit lens took 22 s. Native bfloat16
+products are ten times slower there. `--snapshot-update` records what was found in `data/alarms.json`, which
 `test_alarms.py` holds on every run.
 
 Another version of PyTorch: install it in an environment of its own and run `-k another_torch` there, with the
@@ -55,8 +56,7 @@ def plain(trial, table):
     return numbers
 
 
-@pytest.mark.parametrize("experiment", series.BUDGETS)
-@pytest.mark.parametrize("circumstance", series.CIRCUMSTANCES)
+@pytest.mark.parametrize(("circumstance", "experiment"), series.QUIET_TRIALS)
 def test_circumstances_raise_no_alarm(trial, table, plain, circumstance, experiment):
     before = plain(experiment)
     with series.CIRCUMSTANCES[circumstance](replace(trial, budgets={experiment: trial.budgets[experiment]})) as varied:

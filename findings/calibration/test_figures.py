@@ -20,7 +20,7 @@ from lab.snapshots.numbers import to_record
 pytestmark = pytest.mark.calibration
 
 #: axes whose label names no quantity but an order of things
-ORDERS = ("layer", "head", "matrix", "class", "family", "category", "share", "number")
+ORDERS = ("layer", "head", "matrix", "class", "family", "category", "share", "number", "component", "part", "stream")
 
 
 def recorded(name: str) -> list[Record]:

@@ -405,24 +405,31 @@ _KERNELS = "twice what AVX2 kernels moved it by, against AVX-512, on 698 tokens"
 _COUNT = Tolerance(0.05, 12, f"{_KERNELS}: up to 7 tokens")
 _FRACTION = Tolerance(0.02, 0.04, f"{_KERNELS}: up to 0.02")
 _RANK = Tolerance(0.08, 4, f"{_KERNELS}: up to 3 ranks, or 4 %")
+_MEDIAN_RANK = Tolerance(0.18, 4, f"{_KERNELS}: up to 9 % (Gemma 3, bfloat16 logits)")
+_OF_THE_TEXT = Tolerance(0, 0, "the corpus alone decides")
 TOLERANCES = {
     "": Tolerance(0.02, 0.02, "AVX2 kernels moved states by up to 1 %, against AVX-512"),
+    "scored_token_count": _OF_THE_TEXT,
+    "repeated_target_count": _OF_THE_TEXT,
+    "token_type_count": _OF_THE_TEXT,
+    "prompt_count_by_category": _OF_THE_TEXT,
     "hurt_count": _COUNT,
     "crystallization_histogram": _COUNT,
     "hurt_fraction": _FRACTION,
     "conditional_hurt_rate": _FRACTION,
     "confident_fraction": _FRACTION,
-    "confident_accuracy": _FRACTION,
+    "confident_accuracy": Tolerance(0.02, 0.2, f"{_KERNELS}: 0.1, which is one of ten confident tokens (Gemma 3)"),
     "lens_tied_fraction": Tolerance(0.02, 0.06, f"{_KERNELS}: 0.03, the ties of 8-bit logits"),
     "token_type_top1_accuracy": Tolerance(0.02, 0.07, f"{_KERNELS}: 0.03, which is one of 33 tokens"),
     "token_type_log_rank": _FRACTION,
     "token_type_mean_rank": Tolerance(0.1, 15, f"{_KERNELS}: 8 ranks"),
     "lens_mean_rank": _RANK,
-    "lens_median_rank": _RANK,
+    "lens_median_rank": _MEDIAN_RANK,
     "crystallization_layer_median": Tolerance(0, 1, "a median of whole layers moves in halves"),
     "token_type_crystallization_median": Tolerance(0, 1, "a median of whole layers moves in halves"),
     "token_type_crystallization_mean": Tolerance(0.02, 0.2, f"{_KERNELS}: 0.1 layer"),
     "number_delay_at_equal_surprisal": Tolerance(0.02, 0.2, f"{_KERNELS}: 0.08 layer"),
+    "number_delay_within_category": Tolerance(0.02, 0.2, f"{_KERNELS}: 0.08 layer for its sibling; numbers are few"),
 }
 EXPERIMENT = Experiment(
     id="T-1",

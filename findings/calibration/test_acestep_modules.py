@@ -1,0 +1,306 @@
+"""ACE-Step's closed forms, masks, lengths and data flow against the modules of diffusers (the extra `audio`)."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import Qwen3Config, Qwen3Model
+
+from lab import published
+from lab.architectures import ace_step, oobleck, shapes
+from lab.architectures.shapes import Shapes
+from lab.experiments.architectures.acestep_v15 import AceStep
+
+pytestmark = pytest.mark.calibration
+
+pytest.importorskip("diffusers", reason="install the extra `audio` to hold the closed forms against diffusers")
+
+from diffusers import AceStepTransformer1DModel, AutoencoderOobleck  # noqa: E402
+from diffusers.models.transformers.ace_step_transformer import _create_4d_mask  # noqa: E402
+from diffusers.pipelines.ace_step import modeling_ace_step as modules  # noqa: E402
+from diffusers.pipelines.ace_step.pipeline_ace_step import AceStepPipeline  # noqa: E402
+
+few = settings(max_examples=6, deadline=None)
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def record() -> AceStep:
+    return AceStep(published.dataset("acestep_v15"))
+
+
+def flow(name: str) -> Any:
+    return record().setting("data_flow")[name]
+
+
+def build(kind: type, config: dict[str, Any], device: str = "cpu") -> Any:
+    """A module from those entries of a configuration that it takes."""
+    known = inspect.signature(kind.__init__).parameters
+    torch.manual_seed(0)
+    with torch.device(device):
+        return kind(**{name: value for name, value in config.items() if name in known}).eval()
+
+
+def parts(config: dict[str, Any], device: str = "meta") -> dict[str, nn.Module]:
+    """The modules of the file that holds the DiT, under the names that they have there."""
+    return {
+        "decoder": build(AceStepTransformer1DModel, config, device),
+        "encoder": build(modules.AceStepConditionEncoder, config, device),
+        "tokenizer": build(modules.AceStepAudioTokenizer, config, device),
+        "detokenizer": build(modules.AceStepAudioTokenDetokenizer, config, device),
+    }
+
+
+def census(config: dict[str, Any]) -> dict[str, list[shapes.Shape]]:
+    """Shapes by component, as diffusers builds them; it keeps the null condition in the condition encoder."""
+    named: Shapes = {}
+    for prefix, module in parts(config).items():
+        for name, tensor in module.named_parameters():
+            named[name if name == "null_condition_emb" else f"{prefix}.{name}"] = tuple(tensor.shape)
+    return {name: sorted(table.values()) for name, table in ace_step.census("dit", named).items()}
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    small = st.integers(1, 3)
+    kv_heads, layers = draw(small), draw(small)
+    own = {
+        "hidden_size": 8 * draw(small),
+        "intermediate_size": 12 * draw(small),
+        "num_attention_heads": kv_heads * draw(small),
+        "num_key_value_heads": kv_heads,
+        "head_dim": 4 * draw(small),
+        "num_hidden_layers": layers,
+        "layer_types": [(SLIDING, FULL)[index % 2] for index in range(layers)],
+        "num_lyric_encoder_hidden_layers": draw(small),
+        "num_timbre_encoder_hidden_layers": draw(small),
+        "num_attention_pooler_hidden_layers": draw(small),
+        "audio_acoustic_hidden_dim": 2 * draw(small),
+        "timbre_hidden_dim": 2 * draw(small),
+        "text_hidden_dim": 4 * draw(small),
+        "in_channels": 6 * draw(small),
+        "patch_size": draw(small),
+        "pool_window_size": draw(st.integers(2, 5)),
+        "fsq_input_levels": draw(st.lists(st.integers(2, 5), min_size=1, max_size=4)),
+        "sliding_window": 4,
+    }
+    return own | {"fsq_dim": own["hidden_size"]}
+
+
+@given(config=configs())
+@few
+def test_every_component_has_the_modules_shapes(config):
+    # a stack's own list of layer types is as long as the stack in diffusers
+    config_of_modules = {name: value for name, value in config.items() if name != "layer_types"}
+    expected = {n: sorted(t.values()) for n, t in ace_step.census("dit", ace_step.dit_file(config)).items()}
+    assert census(config_of_modules) == expected
+
+
+def test_the_published_components_have_the_modules_shapes():
+    found = record()
+    built = census(dict(found.config("dit")))
+    assert {name: len(table) for name, table in built.items()} == {
+        name: found.tensors(name) for name in ace_step.COMPONENTS if ace_step.COMPONENTS[name][0] == "dit"
+    }
+    assert all(sorted(found.expected[name].values()) == table for name, table in built.items())
+
+
+@pytest.mark.parametrize("role", ["lm", "text_embedder"])
+def test_language_models_are_qwen3(role):
+    config = dict(record().config(role))
+    with torch.device("meta"):
+        model = Qwen3Model(Qwen3Config(**{k: v for k, v in config.items() if k not in ("architectures", "dtype")}))
+    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == ace_step.language_model(config)
+
+
+def test_one_layer_adds_its_own_parameters():
+    config = dict(record().config("dit"))
+    more = config | {"num_hidden_layers": 25, "layer_types": [*config["layer_types"], SLIDING]}
+    added = shapes.parameters(ace_step.transformer(more)) - shapes.parameters(ace_step.transformer(config))
+    assert added == record().layer_parameters("dit") == 62_933_504
+
+
+# ---- the autoencoder
+
+
+@st.composite
+def oobleck_configs(draw: st.DrawFn) -> dict[str, Any]:
+    stages = draw(st.integers(1, 3))
+    width = 2 * draw(st.integers(1, 3))
+    return {
+        "audio_channels": draw(st.integers(1, 2)),
+        "encoder_hidden_size": 2 * width,
+        "decoder_channels": draw(st.integers(1, 4)),
+        "decoder_input_channels": width,
+        "channel_multiples": draw(st.lists(st.integers(1, 3), min_size=stages, max_size=stages)),
+        "downsampling_ratios": [2 * draw(st.integers(1, 3)) for _ in range(stages)],
+        "sampling_rate": 48_000,
+    }
+
+
+@given(config=oobleck_configs(), more=st.integers(0, 400))
+@few
+def test_autoencoder_is_the_module(config, more):
+    """Tensors by name and shape, and the lengths that the module's convolutions give, without memory."""
+    samples = 2 * oobleck.downsampling(config) + more  # a latent or two at the least
+    module = build(AutoencoderOobleck, config, "meta")
+    assert oobleck.autoencoder(config) == {n: tuple(p.shape) for n, p in module.named_parameters()}
+    audio = torch.zeros(1, config["audio_channels"], samples, device="meta")
+    latents = module.encode(audio).latent_dist.mode()
+    assert latents.shape[-1] == oobleck.latents_of(config, samples)
+    decoded = module.decode(torch.zeros(1, config["decoder_input_channels"], latents.shape[-1], device="meta")).sample
+    assert decoded.shape[-1] == oobleck.samples_of(config, latents.shape[-1])
+
+
+@given(count=st.integers(1, 2000))
+@few
+def test_round_trip_of_the_published_autoencoder(count):
+    config = record().config("vae")
+    samples = count * oobleck.downsampling(config)
+    assert oobleck.latents_of(config, samples) == count
+    assert oobleck.samples_of(config, count) == samples
+    assert oobleck.latents_of(config, samples - 1) == count - 1
+
+
+def test_ten_seconds_through_the_published_autoencoder():
+    config = dict(record().config("vae"))
+    module = build(AutoencoderOobleck, {k: v for k, v in config.items() if not k.startswith("_")}, "meta")
+    assert oobleck.autoencoder(config) == {n: tuple(p.shape) for n, p in module.named_parameters()}
+    stated = record().variable("vae_shape_check")
+    latents = module.encode(torch.zeros(*stated[0].values.tolist(), device="meta")).latent_dist.mode()
+    assert list(latents.shape) == stated.sel(tensor="latent").values.tolist()
+    assert list(module.decode(latents).sample.shape) == stated.sel(tensor="decoded").values.tolist()
+
+
+# ---- lengths of a song
+
+
+def test_ten_minutes_through_the_published_modules():
+    """15,000 latents make 3,000 tokens, and the DiT gives 15,000 latents back."""
+    found, config = record(), dict(record().config("dit"))
+    latents = int(found.frames("vae_latent"))
+    built = parts(config)
+    _, indices = built["tokenizer"].tokenize(torch.zeros(1, latents, 64, device="meta"))
+    assert indices.shape[1] == found.frames("fsq_token") == 3000
+    seen = []
+    built["decoder"].layers[0].register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+    one = torch.zeros(1, device="meta")
+    states = [torch.zeros(1, latents, width, device="meta") for width in (64, 128)]
+    condition = torch.zeros(1, 3, 2048, device="meta")
+    velocity = built["decoder"](states[0], one, one, condition, states[1]).sample
+    assert velocity.shape == (1, latents, 64)
+    assert seen[0]["hidden_states"].shape[1] == found.frames("dit_patch") == 7500
+
+
+# ---- what runs through the modules
+
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "layer_types": [SLIDING, FULL],
+    "num_lyric_encoder_hidden_layers": 2,
+    "num_timbre_encoder_hidden_layers": 2,
+    "num_attention_pooler_hidden_layers": 2,
+    "audio_acoustic_hidden_dim": 4,
+    "timbre_hidden_dim": 4,
+    "text_hidden_dim": 8,
+    "in_channels": 12,
+    "patch_size": 2,
+    "pool_window_size": 5,
+    "fsq_dim": 16,
+    "fsq_input_levels": [8, 8, 8, 5, 5, 5],
+    "sliding_window": 4,
+}
+
+
+@cache
+def tiny(name: str) -> Any:
+    return parts(TINY, "cpu")[name]
+
+
+def test_the_second_time_embedding_sees_the_difference():
+    model, seen = tiny("decoder"), []
+    handle = model.time_embed_r.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].clone()))
+    states, condition, context = torch.randn(1, 6, 4), torch.randn(1, 3, 16), torch.randn(1, 6, 8)
+    for t, r in ((0.7, 0.7), (0.2, 0.2), (0.7, 0.2)):
+        model(states, torch.tensor([t]), torch.tensor([r]), condition, context)
+    handle.remove()
+    assert flow("time_embed_r_input") == "t - r"
+    assert [float(value) for value in seen] == pytest.approx([0, 0, 0.5])
+
+
+def test_the_timbre_encoder_takes_the_first_frame():
+    """Its special token has no gradient at all, and the output is that of the first frame."""
+    encoder, frames = tiny("encoder").timbre_encoder, torch.randn(1, 7, 4)
+    last: list[torch.Tensor] = []
+    handle = encoder.norm.register_forward_hook(lambda module, arguments, output: last.append(output))
+    pooled, _ = encoder(frames, torch.zeros(1, dtype=torch.long))
+    handle.remove()
+    pooled.sum().backward()
+    assert flow("timbre_pooling") == "first frame"
+    assert encoder.special_token.grad is None
+    assert encoder.embed_tokens.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(pooled[0, 0], last[0][0, 0])
+
+
+@pytest.mark.parametrize("window", range(4))
+def test_a_token_sees_its_own_window(window):
+    tokenizer, latents = tiny("tokenizer"), torch.randn(1, 20, 4)
+    changed = latents.clone()
+    changed[:, 5 * window : 5 * window + 5] += 3
+    pooled = [
+        tokenizer.attention_pooler(tokenizer.audio_acoustic_proj(x.reshape(1, 4, 5, 4))) for x in (latents, changed)
+    ]
+    moved = (pooled[0] - pooled[1]).abs().amax(-1)[0] > 1e-6
+    assert flow("pooling_sees") == "own window"
+    assert moved.nonzero().flatten().tolist() == [window]
+
+
+def test_the_pooling_token_is_used():
+    """Unlike the timbre encoder's."""
+    tokenizer = tiny("tokenizer")
+    tokenizer.attention_pooler(torch.randn(1, 2, 5, 16)).sum().backward()
+    assert tokenizer.attention_pooler.special_token.grad.abs().sum() > 0
+
+
+def test_encoders_slide_in_every_other_layer():
+    found = record()
+    for name in ("lyric_encoder", "timbre_encoder"):
+        stack = getattr(build(modules.AceStepConditionEncoder, dict(found.config("dit")), "meta"), name)
+        types = stack._layer_types[: len(stack.layers)]  # the DiT's whole list, of which a layer takes its own entry
+        assert types.count(SLIDING) == found.sliding_layers(name)
+        assert types[0] == SLIDING
+
+
+@given(length=st.integers(1, 24), window=st.integers(0, 30))
+@few
+def test_band_of_the_mask(length, window):
+    mask = _create_4d_mask(length, torch.float32, torch.device("cpu"), None, window, True, False)[0, 0] == 0
+    assert mask.sum(1).tolist() == shapes.band(length, window)
+    assert torch.equal(mask, mask.T)
+
+
+def test_the_quantizer_knows_every_code():
+    """All 64,000 indices come back from their codes; quantising twice changes nothing; each level is taken."""
+    quantizer, levels = tiny("tokenizer").quantizer, TINY["fsq_input_levels"]
+    indices = torch.arange(record().fsq_codes)
+    codes = quantizer._indices_to_codes(indices)
+    assert torch.equal(quantizer._codes_to_indices(codes), indices)
+    torch.testing.assert_close(quantizer._quantize(codes), codes)
+    assert [len(column.unique()) for column in codes.T] == levels
+    assert quantizer.codebook_size == record().fsq_codes
+
+
+def test_the_sampler_takes_eight_steps():
+    default = inspect.signature(AceStepPipeline.__call__).parameters["num_inference_steps"].default
+    assert default == flow("sampler_default_steps")

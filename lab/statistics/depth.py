@@ -1,0 +1,105 @@
+"""Profiles over depth: how they differ between zones, and how far a few layers carry what they seem to show.
+
+Neighbouring layers are alike, so tests that take them for independent overstate the evidence: a circular shift keeps
+a profile's autocorrelation, and leaving out each layer in turn shows which one a correlation rests on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import stats
+
+Profile = np.ndarray  # or anything that numpy takes for one, such as a DataArray over `layer`
+
+
+def welch_p_value(profile: Profile, border: int) -> float:
+    """Two-sided p-value of Welch's t-test between the layers before `border` and those from it on [n]."""
+    values = np.asarray(profile, dtype=float)
+    return float(stats.ttest_ind(values[:border], values[border:], equal_var=False).pvalue)
+
+
+def zone_difference(profile: Profile, border: int) -> float:
+    """Mean from layer `border` on minus mean before it, of a profile [n]."""
+    values = np.asarray(profile, dtype=float)
+    return float(values[border:].mean() - values[:border].mean())
+
+
+def zone_shift_p_value(profile: Profile, border: int) -> float:
+    """Share of the n circular shifts of a profile [n] whose zones differ by as much, either way, as the given ones.
+
+    The null for two zones of an autocorrelated profile: only where the border lies is left to chance.
+    """
+    values = np.asarray(profile, dtype=float)
+    null = np.array([abs(zone_difference(np.roll(values, shift), border)) for shift in range(len(values))])
+    return _share_reached(abs(zone_difference(values, border)), null)
+
+
+def correlation_shift_p_value(x: Profile, y: Profile, correlate: Callable[[Profile, Profile], float]) -> float:
+    """Share of the n circular shifts of x [n] that correlate with y as much, either way, as the given one."""
+    values = np.asarray(x, dtype=float)
+    null = np.array([abs(correlate(np.roll(values, shift), y)) for shift in range(len(values))])
+    return _share_reached(abs(correlate(values, y)), null)
+
+
+def _share_reached(given: float, null: np.ndarray) -> float:
+    # The shift by nothing is one of them, so the share is never 0.
+    return float((null >= given - 1e-12).mean())
+
+
+def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """p-values of a family of tests adjusted by Holm's step-down method [m] -> [m]."""
+    given = np.asarray(p_values, dtype=float)
+    order = np.argsort(given)
+    stepped = np.minimum(1, np.maximum.accumulate(given[order] * np.arange(len(given), 0, -1)))
+    adjusted = np.empty_like(stepped)
+    adjusted[order] = stepped
+    return adjusted
+
+
+def best_split(profile: Profile, shortest: int = 2) -> tuple[int, float]:
+    """Where two constant segments fit a profile [n] best: first layer of the second one, and share of variance.
+
+    Args:
+        profile: values by depth, not all equal.
+        shortest: least length of a segment.
+    """
+    values = np.asarray(profile, dtype=float)
+    borders = range(shortest, len(values) - shortest + 1)
+    shares = [explained_by_split(values, border) for border in borders]
+    best = int(np.argmax(shares))
+    return borders[best], shares[best]
+
+
+def explained_by_split(profile: Profile, border: int) -> float:
+    """Share of a profile's variance [n] that two constants, before `border` and from it on, explain."""
+    values = np.asarray(profile, dtype=float)
+    rest = sum(float(((part - part.mean()) ** 2).sum()) for part in (values[:border], values[border:]))
+    return 1 - rest / float(((values - values.mean()) ** 2).sum())
+
+
+def pearson_of(x: Profile, y: Profile) -> float:
+    """Pearson's correlation of two profiles [n] in the same order, whatever their labels; NaN where one is constant."""
+    a, b = (np.asarray(values, dtype=float) - np.asarray(values, dtype=float).mean() for values in (x, y))
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / scale if scale > 0 else float("nan")
+
+
+def spearman_of(x: Profile, y: Profile) -> float:
+    """Spearman's correlation of two profiles [n] in the same order, mid-ranks for ties."""
+    return pearson_of(stats.rankdata(np.asarray(x)), stats.rankdata(np.asarray(y)))
+
+
+def p_value_of(correlation: float, n: int) -> float:
+    """Two-sided p-value of a correlation of n independent pairs, by Student's t with n - 2 degrees of freedom."""
+    if abs(correlation) >= 1:
+        return 0.0
+    t = abs(correlation) * np.sqrt((n - 2) / (1 - correlation**2))
+    return float(2 * stats.t.sf(t, n - 2))
+
+
+def without_each(x: Profile, y: Profile, correlate: Callable[[Profile, Profile], float]) -> np.ndarray:
+    """The correlation of two profiles [n] without each layer in turn [n]."""
+    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    return np.array([correlate(np.delete(a, layer), np.delete(b, layer)) for layer in range(len(a))])
