@@ -1,0 +1,187 @@
+"""Known answers of the T-11 measurement as a whole, on tiny decoders with planted layers."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lab.errors import NotApplicable, UserError
+from lab.experiments.systems.measuring.quantization_weights import expected_gigabytes
+from lab.experiments.systems.measuring.quantization_workbench import samples
+from lab.experiments.systems.quantization import Budget, Quantization, measure
+from lab.quantization import footprint, libraries
+from lab.quantization.libraries import GGUF
+from lab.store import Sweep
+from lab.subjects.tiny import LAYERS, loaded, random_corpus, tiny
+
+pytestmark = pytest.mark.calibration
+
+BUDGET = Budget(None, None, None, 1, None, (8, 3, 2), 4, group_sizes=(32,), footprints=False, head_dtype="float32")
+LENGTHS = ((7, 15), (4, 9), (9, 13), (3, 12), (5, 11), (4, 14))
+
+
+NOTHING = 1e-5  #: nat; programs that run in blocks of other sizes differ in the last bits of float32
+
+
+def model_of(architecture="llama", **changes):
+    heads = {"head_dim": 16} if architecture in ("qwen3", "gemma3_text") else {}
+    return tiny(architecture, **{"hidden_size": 64, "intermediate_size": 128, **heads, **changes})
+
+
+def record_of(model, corpus=None, budget=BUDGET):
+    data = measure(loaded(model), corpus or random_corpus(LENGTHS), budget, Sweep())
+    return Quantization(data.assign_attrs(subject="tiny", source="measured", condition="full-float32"))
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """A record of a model whose layer 1 writes nothing, whatever its weights."""
+    model = model_of()
+    block = model.model.layers[1]
+    block.self_attn.o_proj.weight.data.zero_()
+    block.mlp.down_proj.weight.data.zero_()
+    return record_of(model)
+
+
+def test_a_layer_that_writes_nothing_loses_nothing(planted):
+    for damage in (planted.two_bit_damage, planted.three_bit_damage, planted.true_two_bit_damage):
+        assert abs(float(damage.sel(layer=1))) < NOTHING
+        assert (abs(damage.drop_sel(layer=1)) > NOTHING).all()
+    assert abs(float(planted.knockout_damage.sel(layer=1))) < NOTHING
+    assert (abs(planted.matrix_damage.sel(layer=1)) < NOTHING).all()
+
+
+def test_eight_bits_are_within_three_standard_errors_of_nothing(planted):
+    per_text = planted.variable("layer_loss").sel(bits=8) - planted.variable("baseline_loss")
+    error = np.asarray(per_text.std("prompt", ddof=1)) / np.sqrt(per_text.sizes["prompt"])
+    assert (np.abs(planted.damage(8)) <= 3 * error + 0.01).all()
+
+
+def test_whole_and_single_layers_agree_where_one_layer_is_left():
+    model = model_of(num_hidden_layers=1)
+    found = record_of(model)
+    assert found.whole_damage(2) == pytest.approx(float(found.damage(2)[0]), abs=1e-7)
+    assert found.super_additivity(2) == pytest.approx(1, abs=1e-6)
+
+
+def test_recipes_of_one_width_equal_the_method(planted):
+    assert planted.recipe_damage("uniform_4bit") == pytest.approx(planted.method_damage("rtn_4"), abs=1e-7)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma3_text"])
+def test_every_architecture_gives_a_whole_record(architecture):
+    found = record_of(model_of(architecture))
+    assert not [name for name in found.data if "loss" in str(name) and not np.isfinite(found.data[name]).all()]
+    assert found.data.sizes["layer"] == LAYERS
+    assert float(abs(found.weight_error_ratio - 1).max()) < 0.4
+    assert all(variable.attrs["unit"] and variable.attrs["description"] for variable in found.data.data_vars.values())
+
+
+def test_single_matrices_of_every_other_layer():
+    found = record_of(model_of(), budget=replace(BUDGET, matrix_stride=2))
+    assert found.matrix_damage.layer.values.tolist() == [0, 2, 4]
+    assert (found.matrix_damage.sum("matrix") / found.damage(2)).sizes == {"layer": 3}
+
+
+def test_texts_of_recipes_are_others_than_those_of_the_layer_sweep():
+    subject = loaded(model_of())
+    for budget in (BUDGET, replace(BUDGET, layer_tokens=20, method_tokens=20, matrix_tokens=10)):
+        layers, methods, matrices = samples(random_corpus(LENGTHS), subject, budget)
+        assert not set(layers.prompts) & set(methods.prompts)
+        assert set(matrices.prompts) <= set(layers.prompts)
+
+
+def test_texts_are_completions_without_prompts():
+    corpus = random_corpus(((7, 15), (4, 9)))
+    layers, _, _ = samples(corpus, loaded(model_of()), replace(BUDGET, block_tokens=10))
+    (text,) = layers.texts
+    assert text.ids == corpus.texts[0].completion_ids[:10]
+    assert text.targets == tuple(range(1, 10))  # the first token has nothing before it
+
+
+def test_a_start_token_is_kept_where_prompts_have_one():
+    corpus = random_corpus(((7, 15), (4, 9)))
+    begun = [replace(text, prompt_ids=(1, *text.prompt_ids[1:])) for text in corpus.texts]
+    layers, _, _ = samples(replace(corpus, texts=tuple(begun)), loaded(model_of()), BUDGET)
+    assert layers.texts[0].ids == (1, *corpus.texts[0].completion_ids)
+    assert layers.texts[0].targets == tuple(range(1, 16))
+
+
+def test_too_few_texts_are_refused():
+    with pytest.raises(UserError, match="too few for two samples"):
+        samples(random_corpus(((7, 15),)), loaded(model_of()), BUDGET)
+
+
+def test_weights_on_a_grid_bar_claims_about_full_precision():
+    model = model_of()
+    free = record_of(model)
+    free.require_full_precision()
+    free.require_free_weights("gguf_q4_1")
+    stored = copy.deepcopy(model)
+    for layer in stored.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = GGUF("Q4_1")(module.weight.data)
+    gridded = record_of(stored)
+    assert gridded.stored_in_few_bits == 1
+    with pytest.raises(NotApplicable, match="stored in 5 bits or fewer before"):
+        gridded.require_full_precision()
+    with pytest.raises(NotApplicable, match="a grid that it shares"):
+        gridded.require_free_weights("gguf_q4_1")
+    gridded.require_free_weights("rtn_3", "gguf_q8_0")
+
+
+def test_missing_libraries_are_named(monkeypatch):
+    monkeypatch.setattr(libraries, "LIBRARIES", ("no-such-library",))
+    with pytest.raises(UserError, match="no-such-library is not installed"):
+        record_of(model_of())
+
+
+# ---- memory
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    model_of(hidden_size=256, intermediate_size=512).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("method", footprint.METHODS)
+def test_stored_bytes_are_what_arithmetic_expects(folder, method):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).requires_grad_(False)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    head, tied = model.lm_head.weight.numel(), model.config.tie_word_embeddings
+    linear = sum(w.numel() for name, w in model.named_parameters() if "layers" in name and w.dim() == 2)
+    expected = expected_gigabytes(linear, total, head, tied, 64)[method]
+    quantized = footprint.quantize_model(model, method, 64)
+    found = footprint.stored_bytes(quantized) / footprint.GIGABYTE
+    # channel scales and codebooks weigh more in a tiny model
+    assert found == pytest.approx(expected, rel=0.02 if method == "bfloat16" else 0.06)
+
+
+def test_a_process_of_its_own_sees_the_same_bytes(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).requires_grad_(False)
+    found = footprint.footprint(folder, "bfloat16", 64)
+    assert found["stored"] == pytest.approx(footprint.stored_bytes(model) / footprint.GIGABYTE)
+    assert found["seconds"] > 0
+
+
+def test_a_failing_process_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot measure the memory of bfloat16"):
+        footprint.footprint(tmp_path, "bfloat16", 64)
+
+
+def test_scales_of_four_bit_weights_are_counted():
+    """Codes, 8-bit scales of blocks of 64, float32 scales of 256 of those, their mean, and the two codebooks."""
+    layer = torch.nn.Sequential(torch.nn.Linear(1024, 256, bias=False).bfloat16())
+    weights = 1024 * 256
+    blocks = weights // 64
+    expected = weights // 2 + blocks + blocks // 256 * 4 + 4 + 16 * 4 + 256 * 4
+    assert footprint.stored_bytes(libraries.to_nf4_(layer)) == expected

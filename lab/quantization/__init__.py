@@ -1,0 +1,1 @@
+"""Instruments of quantization: rounding rules, library quantizers, quantized layers, width recipes, memory."""
