@@ -1,13 +1,10 @@
 """T-17 contrastive trajectories beside T-4 residual geometry: does likeness at the pivot follow the cloud's shape?"""
 
 import numpy as np
-import pytest
 import xarray as xr
 
 from fixtures.claims import claim
 from lab.statistics.ranks import spearman
-
-pytest.importorskip("lab.experiments.layers.residual_geometry")
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 

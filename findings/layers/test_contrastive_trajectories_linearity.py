@@ -1,11 +1,8 @@
 """T-17 contrastive trajectories beside T-7 linearization gap: are the turning layers the nonlinear ones?"""
 
 import numpy as np
-import pytest
 
 from fixtures.claims import claim
-
-pytest.importorskip("lab.experiments.layers.linearization_gap")
 
 #: relative depths of the source's layers 21-23 and 24-35 of 36
 TURN, LATE = (21 / 36, 24 / 36), (24 / 36, 1)
