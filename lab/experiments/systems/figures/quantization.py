@@ -18,6 +18,7 @@ RISE = "rise of the loss [nat/token]"
 #: whole-model methods whose relative weight error is known, and how they are named in the figure
 BY_ERROR = ("rtn_2", "rtn_3", "rtn_4", "rtn_6", "minmax_2", "minmax_3", "mse_2", "bitsandbytes_nf4", "gguf_q4_0")
 NOISE = ("noise_3", "noise_4")
+ERRORS = (0.03, 0.1, 0.3, 1)  #: ticks of the weight error
 RECIPES = (
     "t9_spectral",
     "uniform_4bit",
@@ -69,6 +70,8 @@ def _methods(axes: Axes, records: Sequence[Quantization]) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), linestyle="", marker=marker, color=look.colour)
     axes.set_xscale("log")
+    axes.set_xticks(ERRORS, list(map(str, ERRORS)))
+    axes.minorticks_off()
     drawing.set_scale(axes, "symlog", 0.02)
     axes.set(xlabel="relative error of the weights [1]", ylabel=RISE)
     axes.set_title("Whole models; crosses: random noise")
