@@ -79,9 +79,10 @@ def _alternative(results: Results) -> str:
 def _contradicted(found: Sequence[Discrepancy]) -> list[str]:
     if not found:
         return []
-    said = f"{len(found)} published sentences are refuted by the published figures themselves"
-    lines = [f"- {_discrepancy(one)}" for one in found]
-    return ["", f"<details><summary>{said}</summary>", "", *lines, "", "</details>"]
+    first = {one.experiment: one for one in reversed(found)}
+    lines = [f"- {_discrepancy(one)}" for one in found if first[one.experiment] is one]
+    said = f"**{len(found)} published sentences are refuted by the published figures themselves.** The first of each"
+    return ["", f"{said} experiment; the atlas has a page of all:", "", *lines]
 
 
 def _matrix(results: Results) -> list[str]:
@@ -107,4 +108,5 @@ def _discrepancy(one: Discrepancy) -> str:
     measured, needed = prose.measured(one.cell.measured), prose.threshold(one.cell.threshold)
     holding = [sibling for sibling, cell in one.siblings if cell and cell.verdict == "holds"]
     instead = f" → {holding[0].id}: {holding[0].text}" if holding else ""
-    return f"{one.statement.id}: {one.statement.text} (measured {measured}, needed {needed}){instead}"
+    compared = ", ".join(f"{name} {value}" for name, value in (("measured", measured), ("needed", needed)) if value)
+    return f"{one.statement.id}: {one.statement.text}{f' ({compared})' if compared else ''}{instead}"
