@@ -96,7 +96,7 @@ def build(shelf: Path, *fresh: Fresh) -> dict[str, str]:
 
 
 def test_every_recorded_verdict_is_there(committed: Results, atlas: dict[str, bytes]) -> None:
-    rows = list(csv.DictReader(io.StringIO(atlas["data/verdicts.csv"].decode())))
+    rows = list(csv.DictReader(io.StringIO(gzip.decompress(atlas["data/verdicts.csv.gz"]).decode())))
     told = {(row["subject"], row["condition"], row["claim"], row["where"]): row["verdict"] for row in rows}
     unstated = {claim for snapshot in committed.snapshots for claim in committed.unstated(snapshot)}
     known = {
@@ -114,7 +114,7 @@ def test_every_recorded_number_can_be_downloaded(committed: Results, atlas: dict
         rows = list(csv.DictReader(io.StringIO(gzip.decompress(atlas[f"data/{name}.csv.gz"]).decode())))
         numbers = [row for row in rows if row["low"] == row["high"] == ""]
         assert len(numbers) == sum(len(entry["values"]) for one in mine for entry in one.content["numbers"].values())
-        assert json.loads(atlas[f"data/{name}.json"]) == [one.content for one in mine]
+        assert json.loads(gzip.decompress(atlas[f"data/{name}.json.gz"])) == [one.content for one in mine]
 
 
 def test_intervals_are_downloaded_with_their_labels(shelf: Path) -> None:
@@ -393,13 +393,15 @@ def test_the_site_stays_small_with_the_whole_agenda(
     figures = sum(
         len(drawing) for page in atlas.values() for drawing in re.findall(rb"<svg .*?</svg>", page, re.DOTALL)
     )
-    times = -(-AGENDA // len(committed.statements))
-    stated = [replace(one, id=f"{one.id}.{n}") for one in committed.statements for n in range(times)]
+    copied = committed.statements[: max(0, AGENDA - len(committed.statements))]
+    stated = [*committed.statements, *(replace(one, id=f"{one.id}.copy") for one in copied)]
+    ids = {one.id for one in copied}
     grown = []
     for snapshot in committed.snapshots:
         verdicts = snapshot.content.get("verdicts", {})
-        more = {re.sub(r"^\S+", rf"\g<0>.{n}", key): value for key, value in verdicts.items() for n in range(times)}
-        grown.append(replace(snapshot, content=snapshot.content | {"verdicts": more}))
+        parts = [(key.partition(" "), value) for key, value in verdicts.items()]
+        more = {f"{id}.copy{gap}{where}": value for (id, gap, where), value in parts if id in ids}
+        grown.append(replace(snapshot, content=snapshot.content | {"verdicts": verdicts | more}))
     assert figures > 100_000
     assert site.size(site.build(Results(stated, grown))) + figures < LIMIT
 
