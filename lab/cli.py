@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ PIPE_WIDTH = 200
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; a UserError becomes one red line on stderr and exit code 2."""
+    # torchao, which Transformers imports where it is installed, warns here about its own enums.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         app(args=arguments)
     except UserError as error:
