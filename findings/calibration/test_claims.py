@@ -12,7 +12,7 @@ from fixtures.claims import claim, claim_of, not_applicable
 from fixtures.collection import exact_keywords
 from fixtures.support import FRAGILE, support
 from fixtures.values import plain, show
-from fixtures.verdicts import judge, outcome
+from fixtures.verdicts import is_unsettled, judge, outcome
 from lab.errors import NotApplicable
 from lab.records import Record
 
@@ -235,6 +235,31 @@ def test_updating_never_drifts(recorded, verdict):
     assert outcome(recorded, verdict, updating=True) == expected
     same = recorded == verdict
     assert (outcome(recorded, verdict, updating=False) == "drift") == (recorded is not None and not same)
+
+
+@pytest.mark.parametrize("verdict", ["holds", "refuted"])
+@pytest.mark.parametrize("recorded", ["holds", "refuted", None])
+def test_a_verdict_that_support_does_not_settle_may_turn(recorded, verdict):
+    """Only where the snapshot has a verdict: on a new model a failure stays the answer."""
+    expected = {"holds": "pass", "refuted": "fail" if recorded is None else "xfail"}[verdict]
+    assert outcome(recorded, verdict, updating=False, unsettled=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("recorded", "now", "unsettled"),
+    [
+        (0.43, 0.61, True),
+        (0.06, 0.94, True),
+        (0.05, 0.5, False),
+        (0.5, 0.95, False),
+        (1.0, 0.0, False),
+        (0.6, 0.0, False),
+        (None, 0.5, False),
+        (0.5, None, False),
+    ],
+)
+def test_support_settles_a_verdict_unless_it_is_between_the_bounds_twice(recorded, now, unsettled):
+    assert is_unsettled(recorded, now) == unsettled
 
 
 @pytest.mark.parametrize(

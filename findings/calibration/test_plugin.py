@@ -312,6 +312,34 @@ def test_unfit_completions_skip_with_the_reason(suite, monkeypatch):
     )
 
 
+def test_a_verdict_that_depends_on_the_prompts_drawn_may_turn(suite):
+    """The loss is 0.99: held against limits just above and below, about half of the resamples pass either way."""
+
+    def state(limit):
+        body = f"assert toy.loss < {limit}"
+        suite.claims(f'''
+            from fixtures.claims import claim
+
+            @claim("X-1.1", "published")
+            def test_loss(toy):
+                """The loss."""
+                {body}
+        ''')
+
+    state(0.995)
+    suite.run("--snapshot-update").assert_outcomes(passed=1)
+    recorded = suite.recorded()["verdicts"]["X-1.1"]
+    assert recorded["verdict"] == "holds"
+    assert 0.05 < recorded["support"] < 0.95
+    state(0.985)
+    result = suite.run("-rx", "--drift", "drift.json")
+    result.assert_outcomes(xfailed=1)
+    assert "refuted, recorded as holds (support" in str(result.stdout)
+    assert json.loads((suite.folder / "drift.json").read_text())["differences"] == []
+    state(0.5)
+    suite.run().assert_outcomes(failed=1)
+
+
 def test_support_is_the_share_of_resamples_in_which_the_claim_holds(suite):
     suite.values({"loss": [1.0, 1.0, 1.0, 3.0], "layer_loss": [[1.0] * 4] * 3})  # 1.8; more if the last is drawn twice
     rows = {row["claim"]: row for row in suite.verdicts("--subject", "tiny")}
