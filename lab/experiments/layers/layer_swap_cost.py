@@ -413,6 +413,9 @@ LOSS = Tolerance(
 )
 TOLERANCES = {
     "": LOSS,
+    "context_swap_loss_delta": Tolerance(
+        0.15, 0.05, "twice what AVX2 kernels moved it by, against AVX-512: up to 9 %; every sixth token of 7 prompts"
+    ),
     "neighbour_kl": Tolerance(0.05, 0.02, "other kernels moved T-2's divergences by 2 %"),
     "neighbour_top1_agreement": Tolerance(0.05, 0.04, "other kernels moved T-2's agreement by 0.025 on 157 tokens"),
 }
