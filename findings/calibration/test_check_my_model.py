@@ -292,7 +292,7 @@ def test_a_model_without_text_of_its_own_skips_with_the_reason(tmp_path):
     ended = run("--model", folder, "--corpus", corpus, "-k", "test_layer_knockout", cache=cache)
     lines = [line for line in ended.stdout.splitlines() if line.startswith("SKIPPED")]
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert len(lines) == len(list((REPOSITORY / "findings").glob("*/test_layer_knockout*.py")))
+    assert len(lines) == len(list((REPOSITORY / "findings" / "layers").glob("test_layer_knockout*.py")))
     for line in lines:
         assert "the completions of babbler are unfit: only 1 completions of category" in line
         assert line.endswith("with --corpus FILE")
