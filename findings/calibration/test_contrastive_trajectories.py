@@ -90,7 +90,8 @@ def test_states_are_those_of_the_model(model):
         ids = torch.tensor([layout.groups.sequences[sequence].ids])
         with torch.no_grad():
             own = model(ids, use_cache=False, output_hidden_states=True).hidden_states
-        assert torch.allclose(states[:-1, row], torch.stack([state[0, at] for state in own[:-1]]), atol=1e-5)
+        # Two threads sum in another order for a batch than for one text: float32's error on entries of up to 12.
+        torch.testing.assert_close(states[:-1, row], torch.stack([s[0, at] for s in own[:-1]]), rtol=1e-5, atol=1e-4)
 
 
 def test_the_last_layer_reads_the_models_own_distribution(model):

@@ -131,8 +131,9 @@ def test_exact_outputs_restore_the_loss_and_a_map_of_nothing_is_a_knockout(model
     programs = {"intact": identity(n), "skipped": skip(n, (PLANTED,))}
     programs |= {name: replaced(n, PLANTED, name) for name in variants}
     intact, skipped, exact, without = losses_of(model, variants, programs)
-    assert (exact == intact).all()
-    assert (without == skipped).all()
+    # Programs that run in one batch and in another are summed in another order by two threads.
+    np.testing.assert_allclose(exact, intact, rtol=1e-6)
+    np.testing.assert_allclose(without, skipped, rtol=1e-6)
     assert not np.allclose(intact, skipped)
 
 
