@@ -31,6 +31,8 @@ from lab.subjects.uncatalogued import named_model
 pytestmark = pytest.mark.calibration
 
 REPOSITORY = Path(__file__).parents[2]
+NAMES = ("activation_patching", "layer_knockout", "layer_swap_cost", "logit_lens")
+REPLAYED = [str(path) for name in NAMES for path in sorted(REPOSITORY.glob(f"findings/layers/test_{name}*.py"))]
 FEW = layer_knockout.Budget(
     prompts=3, tokens=12, pair_prompts=2, pair_tokens=6, block_sizes=None, head_dtype="float32", batch_tokens=512
 )
@@ -252,8 +254,8 @@ def write_reference_completions(facts, path: Path) -> Path:
 
 
 def run(*arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
-    """`pytest findings` as a user runs it, on the experiments with layers."""
-    command = [sys.executable, "-m", "pytest", "findings/layers", "-p", "no:cacheprovider", "-m", "measured"]
+    """`pytest findings` as a user runs it, on the experiments that replay layers: the others take minutes more."""
+    command = [sys.executable, "-m", "pytest", *REPLAYED, "-p", "no:cacheprovider", "-m", "measured"]
     environment = {**os.environ, "DL_FINDINGS_CACHE": str(cache), "COLUMNS": "120", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
         [*command, *map(str, arguments)],
@@ -292,7 +294,7 @@ def test_a_model_without_text_of_its_own_skips_with_the_reason(tmp_path):
     ended = run("--model", folder, "--corpus", corpus, "-k", "test_layer_knockout", cache=cache)
     lines = [line for line in ended.stdout.splitlines() if line.startswith("SKIPPED")]
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert len(lines) == len(list((REPOSITORY / "findings" / "layers").glob("test_layer_knockout*.py")))
+    assert len(lines) == sum("test_layer_knockout" in path for path in REPLAYED)
     for line in lines:
         assert "the completions of babbler are unfit: only 1 completions of category" in line
         assert line.endswith("with --corpus FILE")

@@ -121,7 +121,10 @@ def test_paradox_of_the_first_layer(linearization_gap):
 @claim("T-7.28b", "corrected")
 def test_first_layer_is_the_most_replaceable(linearization_gap):
     """No layer recovers more than layer 0."""
-    assert int(linearization_gap.best_recovery.idxmax("layer")) == 0
+    recovery = linearization_gap.best_recovery
+    if recovery.isnull().all():
+        not_applicable("no layer was replaced that is worth anything to the loss")
+    assert int(recovery.idxmax("layer")) == 0
 
 
 @claim("T-7.28c", "control")
