@@ -31,7 +31,7 @@ from lab.subjects.uncatalogued import named_model
 pytestmark = pytest.mark.calibration
 
 REPOSITORY = Path(__file__).parents[2]
-NAMES = ("activation_patching", "layer_knockout", "layer_swap_cost", "logit_lens")
+NAMES = ("layer_knockout", "layer_swap_cost", "logit_lens")
 REPLAYED = [str(path) for name in NAMES for path in sorted(REPOSITORY.glob(f"findings/layers/test_{name}*.py"))]
 FEW = layer_knockout.Budget(
     prompts=3, tokens=12, pair_prompts=2, pair_tokens=6, block_sizes=None, head_dtype="float32", batch_tokens=512
