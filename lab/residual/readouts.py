@@ -8,9 +8,9 @@ from torch import Tensor
 from lab.corpora.batches import Positions, TokenBatch
 from lab.subjects.anatomy import Decoder
 
-#: Logits at a time. On a CPU 128 rows of SmolLM2's vocabulary: every 64 rows more take 46 MB of copies, and with 64
-#: the product with the vocabulary matrix takes a quarter longer. Accelerators have the memory, and need it to be busy.
-CPU_CHUNK_LOGITS = 128 * 49_152
+#: Logits at a time. On a CPU 256 rows of SmolLM2's vocabulary: with 64 rows the product with the vocabulary matrix
+#: takes a quarter longer, with more rows it is no faster. Accelerators have the memory, and need it to be busy.
+CPU_CHUNK_LOGITS = 256 * 49_152
 ACCELERATOR_CHUNK_LOGITS = 2**27
 MIN_CHUNK_ROWS = 32
 
