@@ -227,6 +227,8 @@ def suite(imported, pytester, monkeypatch, tmp_path) -> Suite:
     monkeypatch.setenv("TOY_LOG", str(pytester.path / "log"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)  # toys are no findings of the run that tests them
+    for name in ("CI", "BUILD_NUMBER"):  # where pytest finds one of them, it repeats each message uncut in its summary
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.syspath_prepend(pytester.path)
     for name in ("lab.subjects.loading", "torch"):  # toy_world replaces them; this restores them
         monkeypatch.setitem(sys.modules, name, None)
