@@ -1,4 +1,4 @@
-"""Arithmetic exercises: right answers by an independent reading of their texts, and splits that hold out what they say."""
+"""Arithmetic exercises: right answers by an independent reading, and splits that hold out what they say."""
 
 import re
 
