@@ -138,6 +138,22 @@ def report(
     console.print(f"{page} ({size / 1e6:.1f} MB)", highlight=False, markup=False)
 
 
+@app.command()
+def train(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="Specimens, or sets of them such as spectral-peft.")
+    ],
+    device: Annotated[str, typer.Option(help="Where they are trained.")] = "cpu",
+    again: Annotated[bool, typer.Option("--again", help="Train those that are here, too.")] = False,
+) -> None:
+    """Make specimens: adapters with a recipe in data/specimens/recipes.toml. Minutes to hours on a CPU."""
+    from lab.training import sets
+
+    console = Console(soft_wrap=True)
+    for path in sets.train(names, device, lambda line: console.print(line, highlight=False, markup=False), again=again):
+        console.print(str(path), highlight=False, markup=False)
+
+
 app.command()(drift)
 
 

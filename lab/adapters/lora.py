@@ -18,11 +18,11 @@ from lab import files
 from lab.adapters.adapted_weights import ALPHA
 from lab.adapters.allocations import MATRICES, Shape
 from lab.adapters.merging import bfloat16
+from lab.adapters.names import CONFIG, WEIGHTS
 from lab.errors import NotApplicable, UserError
 from lab.statistics.spectra import effective_rank_of_gram, gram
 from lab.subjects.anatomy import Decoder
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STORED = torch.float16  #: 11 digits of mantissa; bfloat16 has 8. An update's largest elements are far below 65,504
 Maps = Mapping[tuple[int, str], nn.Linear]
 Place = tuple[int, str]

@@ -43,15 +43,15 @@ def worked_exercises(tokenizer: Any, worked: Iterable[Worked]) -> list[Exercise]
     Raises:
         UserError: a token holds both the end of what is given and the beginning of the solution.
     """
+    problems = list(worked)
+    encoded = tokenizer([one.text for one in problems], return_offsets_mapping=True)
     found = []
-    for one in worked:
-        encoding = tokenizer(one.text, return_offsets_mapping=True)
-        offsets = encoding["offset_mapping"]
+    for one, ids, offsets in zip(problems, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         solution = tuple(i for i, (start, stop) in enumerate(offsets) if stop > one.solution_start and stop > start)
         if offsets[solution[0]][0] < one.solution_start:
             raise UserError("this tokenizer joins the word `Answer:` to what follows it; the task cannot be put to it")
         results = tuple(i for i in solution if _overlaps(offsets[i], one.results))
-        found.append(Exercise(tuple(encoding["input_ids"]), solution, results))
+        found.append(Exercise(tuple(ids), solution, results))
     return found
 
 

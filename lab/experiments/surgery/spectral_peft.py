@@ -27,6 +27,7 @@ from lab.adapters.adapted_weights import AGGRESSIVE, GENTLE, AdaptedWeights
 from lab.errors import NotApplicable
 from lab.experiments import Experiment, Tolerance
 from lab.statistics.proportions import fisher_p_value, paired_p_value
+from lab.training.recipes import Rates, run_name
 
 if TYPE_CHECKING:
     from lab.corpora.corpus import Corpus
@@ -284,6 +285,30 @@ class Budget:
     problems: int | None
     text_tokens: int
     batch_tokens: int = 2048
+
+
+@dataclass(frozen=True)
+class Run:
+    """One adapter of T-18."""
+
+    configuration: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its specimen."""
+        return run_name(self.configuration, self.learning_rate, self.seed)
+
+
+def runs(budget: Budget, rates: Rates) -> dict[Run, tuple[str | None, bool]]:
+    """The adapters that a budget evaluates, each once: its rate's name, if it has one, and whether the sweep has it."""
+    gentle = {Run(name, rates.gentle, seed): (GENTLE, False) for seed in budget.seeds for name in budget.gentle}
+    aggressive = {Run(name, rates.aggressive, 0): (AGGRESSIVE, False) for name in budget.aggressive}
+    found: dict[Run, tuple[str | None, bool]] = {**gentle, **aggressive}
+    if budget.sweep:
+        found |= {run: (found.get(run, (None,))[0], True) for run in (Run("A", rate, 0) for rate in rates.sweep)}
+    return found
 
 
 def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep) -> xr.Dataset:
