@@ -145,12 +145,22 @@ def train(
     ],
     device: Annotated[str, typer.Option(help="Where they are trained.")] = "cpu",
     again: Annotated[bool, typer.Option("--again", help="Train those that are here, too.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A new folder for the whole model that one specimen makes, adapter merged.")
+    ] = None,
 ) -> None:
     """Make specimens: adapters with a recipe in data/specimens/recipes.toml. Minutes to hours on a CPU."""
     from lab.training import sets
 
+    if checkpoint is not None and len(names) + len(sets.members(names[0])) != 2:
+        raise UserError("--checkpoint writes one model; name one specimen")
     console = Console(soft_wrap=True)
     for path in sets.train(names, device, lambda line: console.print(line, highlight=False, markup=False), again=again):
+        console.print(str(path), highlight=False, markup=False)
+    if checkpoint is not None:
+        from lab.training.checkpoints import write_checkpoint
+
+        path = write_checkpoint(sets.members(names[0])[0], checkpoint.absolute())
         console.print(str(path), highlight=False, markup=False)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lab import paths
+from lab import cli, paths
 from lab.adapters import lora
 from lab.adapters.adapted_weights import AGGRESSIVE, GENTLE
 from lab.corpora import thinking
@@ -21,8 +21,12 @@ from lab.experiments.surgery.measuring import spectral_peft as measuring
 from lab.experiments.surgery.spectral_peft import EXPERIMENT, Budget, Run, SpectralPeft, runs
 from lab.store import Sweep
 from lab.subjects.anatomy import Decoder
+from lab.subjects.configuration import facts_of_folder
+from lab.subjects.facts import Local
+from lab.subjects.loading import load
 from lab.subjects.tiny import loaded, random_corpus, tiny
-from lab.training import loop, making, recipes, sets, specimens
+from lab.training import loop, making, rates, recipes, sets, specimens
+from lab.training.checkpoints import save_merged, write_checkpoint
 from lab.training.evaluation import exercise_readings, target_readings
 from lab.training.loop import Settings, training_batches
 
@@ -215,6 +219,7 @@ def workshop(tmp_path, monkeypatch):
     text = (
         text.replace('"smollm2-135m-instruct"', '"tiny"')
         .replace("steps = 200", "steps = 2")
+        .replace("steps = 160", "steps = 2")
         .replace("steps = 60", "steps = 2")
     )
     text = (
@@ -223,6 +228,7 @@ def workshop(tmp_path, monkeypatch):
     (tmp_path / "data" / "specimens").mkdir(parents=True)
     (tmp_path / "data" / "specimens" / "recipes.toml").write_text(text, encoding="utf-8")
     (tmp_path / "data" / "specimens" / "manifest.json").write_text("{}")
+    (tmp_path / "data" / "prompts.json").write_bytes((paths.DATA / "prompts.json").read_bytes())
     monkeypatch.setattr(paths, "DATA", tmp_path / "data")
     monkeypatch.setenv("DL_FINDINGS_CACHE", str(tmp_path / "cache"))
     # two steps read four texts: a hundred are enough to draw them from, and quickly put into tokens
@@ -289,9 +295,14 @@ def test_other_subjects_have_no_adapters(workshop):
 
 def test_a_specimen_is_whole_or_absent(workshop):
     one = recipes.recipe("arithmetic-competence")
-    with pytest.raises(KeyboardInterrupt), specimens.building(one) as folder:
-        (folder / "adapter_model.safetensors").write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with specimens.building(one) as folder:
+            (folder / "adapter_model.safetensors").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [path.name for path in workshop.iterdir() if path.is_dir()] == []
     assert specimens.manifest() == {}
     assert specimens.problem(one) == "is not here"
@@ -306,7 +317,7 @@ def test_what_is_not_as_the_manifest_says_is_not_used(workshop):
     assert specimens.problem(replace(one, steps=3)) == "was made by another recipe"
     with open(workshop / one.name / "adapter_model.safetensors", "ab") as file:
         file.write(b"\0")
-    with pytest.raises(NotApplicable, match="has another adapter_model.safetensors than the manifest says"):
+    with pytest.raises(NotApplicable, match=r"has another adapter_model\.safetensors than the manifest says"):
         specimens.require([one.name])
 
 
@@ -325,6 +336,40 @@ def test_a_thinking_specimen_is_made(workshop):
     log = specimens.training_log(one.name)
     assert log["recipe"]["task"] == "thinking"
     assert len(log["losses"]) == 2
+
+
+def test_a_checkpoint_is_the_adapted_model(workshop, tmp_path):
+    one = recipes.recipe("arithmetic-competence")
+    make(one)
+    folder = save_merged(subject(), [one.name], tmp_path / "model")
+    again = load(facts_of_folder(folder, Local(folder), "again"), "float32")
+    adapted = subject()
+    lora.merge(adapted.decoder, lora.read_factors(adapted.decoder, workshop / one.name))
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(again.model(ids).logits, adapted.model(ids).logits)
+    assert not torch.equal(adapted.model(ids).logits, subject().model(ids).logits)
+    assert again.tokenizer("a7")["input_ids"] == byte_tokenizer()("a7")["input_ids"]
+    with pytest.raises(UserError, match="is there already"):
+        write_checkpoint(one, folder)
+    with pytest.raises(UserError, match="python -m lab train smollm2-135m-think"):
+        write_checkpoint(recipes.recipe("smollm2-135m-think"), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("smollm2-135m-thnk",), "did you mean smollm2-135m-think?"),
+        (("spectral-peft", "--checkpoint", "model"), "name one specimen"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", *arguments])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
 
 
 def test_a_changed_base_changes_the_recipe(workshop):
@@ -363,15 +408,24 @@ def test_sets_name_what_the_budgets_evaluate():
 def test_bases_are_trained_first_and_what_is_here_is_not_trained_again(workshop, monkeypatch):
     asked, told = [], []
     monkeypatch.setattr(making, "make", lambda one, device, report: asked.append(one.name))
+    monkeypatch.setattr(rates, "text_rises", lambda device, report: {5e-5: 0.001, 1e-4: 0.015, 2e-4: 0.03})
     found = sets.train(["spectral-peft-rates"], "cpu", told.append)
     assert asked[0] == "arithmetic-competence"
     assert asked[1:] == [path.name for path in found]
+    assert told[-1] == "the gentle rate of the recipes, 0.0001, is the largest within 0.02 nat"
     monkeypatch.setattr(specimens, "problem", lambda one: None)
     asked.clear()
     sets.train(["spectral-peft-rates"], "cpu", told.append)
     assert asked == []
     sets.train(["spectral-peft-rates"], "cpu", told.append, again=True)
     assert asked == [path.name for path in found]
+
+
+def test_the_gentle_rate_is_the_largest_that_keeps_other_text():
+    assert rates.gentle({1e-4: 0.01, 2e-4: 0.02, 4e-4: 0.1}) == 2e-4
+    assert rates.gentle({1e-4: 0.03}) is None
+    assert "0.0002 is the largest within" in rates.verdict({1e-4: 0.01, 2e-4: 0.02})
+    assert "no rate of the sweep is within" in rates.verdict({1e-4: 0.03})
 
 
 def test_making_loads_the_subject_in_float32_on_its_own_grid(workshop, monkeypatch):

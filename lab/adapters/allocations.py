@@ -77,7 +77,8 @@ def uniform(shape: Shape) -> np.ndarray:
 
 def phase_aware(shape: Shape) -> np.ndarray:
     """B: ranks by matrix, higher in the late layers; not of A's budget."""
-    return np.maximum(1, np.rint(_phase_aware(shape))).astype(int)
+    ranks: np.ndarray = np.maximum(1, np.rint(_phase_aware(shape))).astype(int)
+    return ranks
 
 
 def uniform_matched(shape: Shape) -> np.ndarray:
@@ -172,7 +173,8 @@ def matched(wanted: np.ndarray, cost: np.ndarray, budget: float) -> np.ndarray:
             raise ValueError(f"a budget of {budget:.0f} parameters is less than rank 1 everywhere costs")
         error = np.round(step * (ranks - goal), 9)[movable]  # how far a move would overshoot
         ranks[movable[np.lexsort((scattered[movable], error))[0]]] += step
-    return ranks.reshape(cost.shape)
+    found: np.ndarray = ranks.reshape(cost.shape)
+    return found
 
 
 def _at_budget_of_uniform(proportions: np.ndarray, shape: Shape) -> np.ndarray:

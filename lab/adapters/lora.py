@@ -80,7 +80,7 @@ def shape_of(decoder: Decoder, scale: float, *, spectra: bool = False) -> Shape:
 
 def _effective_rank_ratio(linear: nn.Linear) -> float:
     weight = linear.weight.detach().float().cpu().numpy()
-    return effective_rank_of_gram(gram(weight)) / min(weight.shape)
+    return effective_rank_of_gram(gram(weight)) / float(min(weight.shape))
 
 
 def lora_config(decoder: Decoder, ranks: np.ndarray, name: str = "") -> Any:

@@ -43,7 +43,7 @@ class WeightUnderStudy:
     @property
     def effective_rank_ratio(self) -> float:
         """Participation ratio of the squared singular values over min(shape)."""
-        return effective_rank_of_gram(self.gram) / min(self.weight.shape)
+        return effective_rank_of_gram(self.gram) / float(min(self.weight.shape))
 
     def changed_by(self, factors: Factors) -> dict[str, float]:
         """What an update does, by the names of `NAMES`; NaN for an update of 0."""
@@ -72,7 +72,8 @@ class WeightUnderStudy:
 def update_norm(factors: Factors) -> float:
     """||s B A||_F = s sqrt(tr((A A')(B'B))): r x r products alone."""
     down, up = factors.down.astype(np.float64), factors.up.astype(np.float64)
-    return float(factors.scale * np.sqrt(max(0.0, np.vdot(down @ down.T, up.T @ up))))
+    squared = float(np.vdot(down @ down.T, up.T @ up))
+    return float(factors.scale * np.sqrt(max(0.0, squared)))
 
 
 def _share(size: float, projected: np.ndarray, other: np.ndarray) -> float:

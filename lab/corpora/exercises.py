@@ -12,6 +12,8 @@ from lab.corpora.rendering import render
 from lab.corpora.thinking import Item
 from lab.errors import UserError
 
+_QUESTION = "{question}"  #: takes the place of the user's words while the chat template is rendered, once
+
 
 @dataclass(frozen=True)
 class Exercise:
@@ -57,11 +59,13 @@ def worked_exercises(tokenizer: Any, worked: Iterable[Worked]) -> list[Exercise]
 
 def thinking_exercises(tokenizer: Any, system_message: str, items: Sequence[Item]) -> list[Exercise]:
     """Thinking items in the tokenizer's chat template; the completion and the end token are learned."""
+    before, after = render(tokenizer, "chat", system_message, _QUESTION).text.split(_QUESTION)
+    prompts = tokenizer([before + item.question + after for item in items], add_special_tokens=False)["input_ids"]
+    completions = tokenizer([item.completion for item in items], add_special_tokens=False)["input_ids"]
     found = []
-    for item in items:
-        prompt = render(tokenizer, "chat", system_message, item.question).ids
-        completion = (*tokenizer(item.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
-        found.append(Exercise(prompt + completion, tuple(range(len(prompt), len(prompt) + len(completion)))))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = (*prompt, *completion, tokenizer.eos_token_id)
+        found.append(Exercise(ids, tuple(range(len(prompt), len(ids)))))
     return found
 
 

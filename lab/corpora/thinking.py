@@ -74,7 +74,7 @@ def items(split: Literal["train", "test"], seed: int = SEED) -> tuple[Item, ...]
     held_out = {item.key for item in items("test", seed)} if split == "train" else set()
     generator = random.Random(f"{seed} thinking {split}")
     count, words = (TRAINED, WORDS) if split == "train" else (EVALUATED, TEST_WORDS)
-    found = []
+    found: list[Item] = []
     while len(found) < count:
         item = _copy(generator, words) if len(found) % SUM_EVERY == SUM_EVERY - 1 else _sum(generator)
         if item.key not in held_out:

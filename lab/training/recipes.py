@@ -103,8 +103,8 @@ def recipe(name: str) -> Recipe:
         return Recipe(name=name, **{"base": None, **single[name]})
     run = _RUN.fullmatch(name)
     if run and run["configuration"] in ALLOCATIONS:
-        own = {"configuration": run["configuration"], "learning_rate": float(run["learning_rate"])}
-        return Recipe(name=name, seed=int(run["seed"]), **own, **family())
+        rate, seed = float(run["learning_rate"]), int(run["seed"])
+        return Recipe(name=name, configuration=run["configuration"], learning_rate=rate, seed=seed, **family())
     names = [*single, run_name("A", rates().gentle, 0)]
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(single)}, and runs of T-18;"

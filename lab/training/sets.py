@@ -37,7 +37,7 @@ def train(names: Sequence[str], device: str, report: Callable[[str], None], *, a
     Args:
         names: of specimens or sets.
         device: where they are trained.
-        report: told in words how far it is.
+        report: told in words how far it is, and after the sweep of rates which of them is gentle.
         again: train those that are here, too; their bases only if they are wanting.
 
     Raises:
@@ -52,6 +52,10 @@ def train(names: Sequence[str], device: str, report: Callable[[str], None], *, a
 
         report(f"[{number}/{len(needed)}] {one.name}")
         making.make(one, device, report)
+    if SWEEP in names:
+        from lab.training import rates
+
+        report(rates.verdict(rates.text_rises(device, report)))
     return [specimens.folder(one.name) for one in wanted]
 
 
