@@ -1,4 +1,4 @@
-"""The suite under fault: killed, on a full disk, in a cache that cannot be written, beside itself, with a wrong clock."""
+"""The suite under fault: killed, on a full disk, on a read-only one, beside itself, with a clock that is wrong."""
 
 from __future__ import annotations
 
