@@ -102,13 +102,13 @@ def damaged_json(parsed: Json, chance: random.Random) -> Json:
     """The tree, changed where it lies: one place lost, doubled, renamed, exchanged or taken by a stranger."""
     places = list(_places(parsed))
     if not places:
-        return chance.choice(STRANGERS)
+        return copy.deepcopy(chance.choice(STRANGERS))
     parent, at = chance.choice(places)
     match chance.randrange(7):
         case 0:
             del parent[at]
         case 1 | 2 | 3:
-            parent[at] = chance.choice(STRANGERS)
+            parent[at] = copy.deepcopy(chance.choice(STRANGERS))
         case 4 if isinstance(parent, list):
             parent.insert(at, copy.deepcopy(parent[at]))
         case 4:
