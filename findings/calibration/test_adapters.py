@@ -27,6 +27,7 @@ from lab.errors import NotApplicable
 from lab.statistics.depth import spearman_of
 from lab.statistics.spectra import Spectrum
 from lab.subjects.anatomy import Decoder
+from lab.subjects.products import WideLinear
 from lab.subjects.tiny import tiny
 
 pytestmark = pytest.mark.calibration
@@ -193,6 +194,23 @@ def test_read_factors_are_what_peft_computes(decoder, tmp_path):
         linear.weight.data.copy_(before[place])
 
 
+def test_adapters_stand_beside_products_that_are_widened(tmp_path):
+    """As subjects are loaded on processors without bfloat16 instructions: the products' module is a subclass."""
+    decoder = Decoder(tiny("llama"))
+    learned(decoder, tmp_path, size=0.1)
+    factors = lora.read_factors(decoder, tmp_path)
+    decoder.model.bfloat16()
+    for linear in lora.adapted_maps(decoder).values():
+        linear.__class__ = WideLinear
+    before = logits(decoder)
+    with lora.attached(decoder, tmp_path):
+        beside = logits(decoder)
+    with lora.merged(decoder, factors):
+        within = logits(decoder)
+    assert torch.equal(logits(decoder), before)
+    assert float((beside - before).abs().max()) > 10 * float((beside - within).abs().max())
+
+
 def test_merging_is_undone_and_lands_on_the_grid(decoder, tmp_path):
     learned(decoder, tmp_path)
     factors = lora.read_factors(decoder, tmp_path)
@@ -294,6 +312,13 @@ def test_an_update_of_nothing_changes_nothing():
 @given(st.floats(-(2.0**100), 2.0**100, allow_nan=False, width=32))
 def test_rounding_is_pytorchs(value):
     assert bfloat16(np.array([value], np.float32))[0] == float(torch.tensor(value, dtype=torch.float32).bfloat16())
+
+
+def test_ties_go_to_the_even_neighbour():
+    """Halfway between neighbours, 2^-7 apart from 1 on: down from an even one, up to the next from an odd one."""
+    ties = np.array([1 + (2 * index + 1) * 2.0**-8 for index in range(8)], np.float32)
+    assert bfloat16(ties).tolist() == torch.from_numpy(ties).bfloat16().tolist()
+    assert bfloat16(ties)[:2].tolist() == [1.0, 1 + 2 * 2.0**-7]
 
 
 def test_merging_loses_small_updates_wholly_and_large_ones_not():
