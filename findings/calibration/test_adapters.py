@@ -21,7 +21,7 @@ from lab.adapters.allocations import (
     parameters,
 )
 from lab.adapters.lora import Factors
-from lab.adapters.merging import bfloat16, gaussian_merge, merge_loss, schedule, total_rate, unchanged_share
+from lab.adapters.merging import bfloat16, gaussian_merge, merge, schedule, total_rate
 from lab.adapters.updates import WeightUnderStudy, leading, update_norm
 from lab.errors import NotApplicable
 from lab.statistics.depth import spearman_of
@@ -325,14 +325,14 @@ def test_merging_loses_small_updates_wholly_and_large_ones_not():
     weight = np.sign(np.random.default_rng(0).standard_normal((50, 50))) * np.float32(1.5)
     ones = np.ones_like(weight)
     # numbers from 1 to 2 lie 2^-7 apart: less than half a step is lost, and exactly so
-    assert merge_loss(weight, 0.49 * 2.0**-7 * ones) == pytest.approx(1)
-    assert unchanged_share(weight, 0.49 * 2.0**-7 * ones) == 1
-    assert merge_loss(weight, 1e4 * ones) < 5e-3
-    assert unchanged_share(weight, 2.0**-7 * ones) == 0
+    assert merge(weight, 0.49 * 2.0**-7 * ones).loss == pytest.approx(1)
+    assert merge(weight, 0.49 * 2.0**-7 * ones).unchanged == 1
+    assert merge(weight, 1e4 * ones).loss < 5e-3
+    assert merge(weight, 2.0**-7 * ones).unchanged == 0
 
 
 def test_merging_gaussian_updates_loses_less_the_larger_they_are():
-    losses = [gaussian_merge(0.02, 0.02 * ratio)[1] for ratio in (1e-4, 1e-3, 1e-2, 1e-1)]
+    losses = [gaussian_merge(0.02, 0.02 * ratio).loss for ratio in (1e-4, 1e-3, 1e-2, 1e-1)]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > 0.8
     assert losses[-1] < 0.03

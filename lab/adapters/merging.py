@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -16,29 +17,35 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
     return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def merge_loss(weight: np.ndarray, update: np.ndarray) -> float:
-    """||bf16(W + D) - W - D||_F / ||D||_F for W on the bfloat16 grid: the share of an update that merging destroys.
+@dataclass(frozen=True)
+class Merge:
+    """What is left of an update D when it is added to weights W on the bfloat16 grid and rounded.
 
-    NaN for an update of 0.
+    Attributes:
+        loss: ||bf16(W + D) - W - D||_F / ||D||_F, the share of the update that is destroyed; NaN for an update of 0.
+        unchanged: share of the elements of W that stay where they are.
     """
-    wide = weight.astype(np.float64) + update
-    lost = bfloat16(wide) - wide
+
+    loss: float
+    unchanged: float
+
+
+def merge(weight: np.ndarray, update: np.ndarray) -> Merge:
+    """Merge an update into weights on the bfloat16 grid, of one shape [...]."""
+    exact = weight.astype(np.float64) + update
+    rounded = bfloat16(exact)
     size = float(np.linalg.norm(update))
-    return float(np.linalg.norm(lost)) / size if size else float("nan")
-
-
-def unchanged_share(weight: np.ndarray, update: np.ndarray) -> float:
-    """Share of the elements of W, on the bfloat16 grid, that bf16(W + D) leaves where they are."""
-    return float((bfloat16(weight.astype(np.float64) + update) == weight).mean())
+    lost = float(np.linalg.norm(rounded - exact))
+    return Merge(lost / size if size else float("nan"), float((rounded == weight).mean()))
 
 
 @lru_cache(maxsize=1024)
-def gaussian_merge(weight_rms: float, update_rms: float) -> tuple[float, float]:
-    """Unchanged share and merge loss of Gaussian weights and a Gaussian update of these sizes, by 131,072 draws."""
+def gaussian_merge(weight_rms: float, update_rms: float) -> Merge:
+    """What merging leaves of a Gaussian update of Gaussian weights of these root mean squares, by 131,072 draws."""
     generator = np.random.default_rng(20260704)
     weight = bfloat16(weight_rms * generator.standard_normal(SAMPLES))
     update = update_rms * generator.standard_normal(SAMPLES)
-    return unchanged_share(weight, update), merge_loss(weight, update)
+    return merge(weight, update)
 
 
 def largest_update_rms(rank: np.ndarray, scale: float, columns: np.ndarray, total_rate: float) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lab.adapters.lora import Factors
-from lab.adapters.merging import bfloat16, merge_loss, unchanged_share
+from lab.adapters.merging import bfloat16, merge
 from lab.statistics.spectra import effective_rank_of_gram, gram, top_right_subspace
 
 LEADING = 0.05  #: share of min(shape) that counts as the leading directions of a weight
@@ -49,12 +49,12 @@ class WeightUnderStudy:
         """What an update does, by the names of `NAMES`; NaN for an update of 0."""
         down, up = factors.down.astype(np.float64), factors.scale * factors.up.astype(np.float64)
         size = update_norm(factors)
-        dense = factors.update
+        merging = merge(self.weight, factors.update)
         after = effective_rank_of_gram(self._gram_after(down, up)) / min(self.weight.shape)
         return {
             "update_relative_norm": size / self.norm,
-            "merge_loss": merge_loss(self.weight, dense),
-            "merge_unchanged_fraction": unchanged_share(self.weight, dense),
+            "merge_loss": merging.loss,
+            "merge_unchanged_fraction": merging.unchanged,
             "effective_rank_ratio_change": after - self.effective_rank_ratio,
             "subspace_overlap_left": _share(size, self.left.T @ up, down @ down.T),
             "subspace_overlap_right": _share(size, (down @ self.right).T, up.T @ up),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
+from threadpoolctl import threadpool_limits
 
 from lab.adapters import lora, updates
 from lab.adapters.allocations import MATRICES, parameters
@@ -28,6 +32,7 @@ from lab.training import recipes, specimens
 from lab.training.evaluation import exercise_readings, target_readings
 
 SPLITS = ("id", "ood")
+AT_ONCE = 8  #: layers of weights, each with its copies in float64
 RUN = ("rate", "configuration", "seed")
 WEIGHTS = ("rate", "configuration", "layer", "matrix")
 #: name -> unit and description of what is read of every run, and of the model before training
@@ -146,12 +151,16 @@ def _read(decoder: Decoder, material: _Material) -> Arrays:
 
 def _weights(decoder: Decoder, adapters: Adapters, sweep: Sweep) -> list[Arrays]:
     """Of each layer: effective rank ratios before [matrix], shapes, and the changes by every run [run, matrix]."""
-    maps = lora.adapted_maps(decoder)
-    found = []
-    for layer in range(decoder.n_layers):
-        found.append(sweep.shard(f"weights {layer}", partial(_of_layer, maps, adapters, layer)))
-        sweep.progress(layer + 1, decoder.n_layers, "layers of weights")
-    return found
+    maps, done = lora.adapted_maps(decoder), itertools.count(1)
+
+    def of_layer(layer: int) -> Arrays:
+        found = sweep.shard(f"weights {layer}", partial(_of_layer, maps, adapters, layer))
+        sweep.progress(next(done), decoder.n_layers, "layers of weights")
+        return found
+
+    # Eigenvectors of matrices this small gain nothing from a second core: a layer for each instead.
+    with threadpool_limits(1), ThreadPoolExecutor(min(AT_ONCE, torch.get_num_threads())) as pool:
+        return list(pool.map(of_layer, range(decoder.n_layers)))
 
 
 def _of_layer(maps: Mapping[lora.Place, Any], adapters: Adapters, layer: int) -> Arrays:
