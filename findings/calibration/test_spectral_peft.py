@@ -178,14 +178,14 @@ def test_support_settles_a_planted_difference(rise, least, most):
 def test_every_claim_is_quick_on_a_measured_record():
     """Claims are evaluated on 500 resamples: 2 ms each at most, in the median of what applies."""
     record, times = planted(0.1), []
-    resample = record.resamples[0]
     for module in ("test_spectral_peft", "test_spectral_peft_rates"):
         claims = vars(import_module(f"findings.surgery.{module}")).values()
         for one in filter(None, map(claim_of, claims)):
             if list(one.function.__code__.co_varnames[: one.function.__code__.co_argcount]) == ["spectral_peft"]:
-                started = time.process_time()
-                with suppress(AssertionError, NotApplicable):
-                    one.predicate({"spectral_peft": resample})
+                for resample in record.resamples[:2]:  # the first evaluation compiles the claim
+                    started = time.process_time()
+                    with suppress(AssertionError, NotApplicable):
+                        one.predicate({"spectral_peft": resample})
                 times.append(time.process_time() - started)
     assert len(times) > 40
     assert np.median(times) < 0.002

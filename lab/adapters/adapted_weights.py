@@ -27,16 +27,20 @@ class AdaptedWeights(Record):
         """Names of the configurations."""
         return [str(name) for name in self.data["configuration"].values]
 
+    @cached_property
+    def rates(self) -> list[str]:
+        """Names of the learning rates."""
+        return [str(name) for name in self.data["rate"].values]
+
     def place(self, configuration: str, rate: str) -> tuple[int, int]:
         """Indices of a rate and a configuration.
 
         Raises:
             NotApplicable: the record has one of them not.
         """
-        rates = [str(name) for name in self.data["rate"].values]
-        if configuration not in self.configurations or rate not in rates:
+        if configuration not in self.configurations or rate not in self.rates:
             raise NotApplicable(f"the {self.source} record of {self.subject} has no {configuration} at the {rate} rate")
-        return rates.index(rate), self.configurations.index(configuration)
+        return self.rates.index(rate), self.configurations.index(configuration)
 
     # ---- spectra and ranks
 

@@ -64,18 +64,15 @@ class SpectralPeft(AdaptedWeights):
         return found
 
     def _is_trained(self, configuration: str, rate: str) -> bool:
-        return rate in self.data["rate"].values and not np.isnan(
-            self._of("train_loss")[self.place(configuration, rate)]
-        )
+        return rate in self.rates and not np.isnan(self._of("train_loss")[self.place(configuration, rate)])
 
     def _of(self, name: str) -> np.ndarray:
-        """A variable [rate, configuration, ...], averaged over what was sampled and over seeds."""
+        """A variable, averaged over what was sampled and over seeds: [rate, configuration], or a single number."""
         if name not in self._averages:
             values = self.mean(name)
             if "seed" in values.dims:
                 values = values.mean("seed")
-            rest = [dimension for dimension in values.dims if dimension not in ("rate", "configuration")]
-            self._averages[name] = values.transpose("rate", "configuration", *rest).values
+            self._averages[name] = values.transpose("rate", "configuration", missing_dims="ignore").values
         return self._averages[name]
 
     @cached_property
@@ -85,7 +82,7 @@ class SpectralPeft(AdaptedWeights):
     def _one(self, name: str, configuration: str, rate: str) -> float:
         """A variable of one run, averaged; of the model before training if the configuration is `base`."""
         if configuration == BASE:
-            return float(self.mean(f"base_{name}"))
+            return float(self._of(f"base_{name}"))
         value = float(self._of(name)[self.place(configuration, rate)])
         if np.isnan(value):
             raise NotApplicable(f"{configuration} was not trained at the {rate} rate on {self.subject}")
