@@ -11,6 +11,7 @@ import torch
 from lab import cli, paths
 from lab.adapters import lora
 from lab.adapters.adapted_weights import AGGRESSIVE, GENTLE
+from lab.adapters.allocations import Shape, allocation, parameters
 from lab.corpora import thinking
 from lab.corpora.arithmetic import splits
 from lab.corpora.batches import TokenText, token_batches
@@ -208,7 +209,13 @@ def test_a_task_of_the_last_layer_favours_the_last_layer():
 
 
 QUICK = Budget(
-    gentle=("A", "B_matched", "F", "H"), aggressive=("A", "H"), seeds=(0,), sweep=True, problems=3, text_tokens=20
+    gentle=("A", "B_matched", "spectral", "F", "H"),
+    aggressive=("A", "H"),
+    seeds=(0,),
+    sweep=True,
+    problems=3,
+    text_tokens=20,
+    specimens="spectral-peft",
 )
 
 
@@ -252,7 +259,7 @@ def make(one):
 
 def test_from_recipes_to_a_record(workshop):
     planned = runs(QUICK, recipes.rates())
-    assert len(planned) == 4 + 2 + 3  # the gentle rate is one of the sweep
+    assert len(planned) == 5 + 2 + 3  # the gentle rate is one of the sweep
     with pytest.raises(NotApplicable, match=r"arithmetic-competence is not here .*python -m lab train spectral-peft"):
         measuring.measure(subject(), random_corpus(), QUICK, Sweep())
     for name in ("arithmetic-competence", *(run.name for run in planned)):
@@ -266,13 +273,18 @@ def test_from_recipes_to_a_record(workshop):
     named = {"subject": "tiny", "source": "measured", "condition": "quick-float32", "provenance": provenance}
     record = SpectralPeft(dataset.assign_attrs(named))
     assert all({"unit", "description"} <= record.data[name].attrs.keys() for name in record.data.data_vars)
-    assert record.configurations == ["A", "B_matched", "F", "H"]
+    assert record.configurations == ["A", "B_matched", "spectral", "F", "H"]
     assert record.trained(GENTLE) == ["A", "F", "H"]
     assert record.trained(AGGRESSIVE) == ["A", "H"]
     assert np.isfinite(
         [record.delta_nll("ood", "A", rate=AGGRESSIVE), record.text_rise("H"), record.perplexity()]
     ).all()
     assert record.trainable("A") == 3 * record.trainable("H") * 5 / 6  # 5 layers against 2
+    cost = lora.shape_of(one.decoder, 0.25).cost
+    shape = Shape(cost, record.effective_rank_ratio.values, 0.25)
+    for name in record.configurations:
+        assert np.array_equal(record.variable("rank").sel(configuration=name), allocation(name, shape))
+        assert record.trainable(name) == parameters(allocation(name, shape), cost)
     for layer in range(5):
         assert record.weights("update_relative_norm", layer).min() > 0
     with pytest.raises(NotApplicable):
@@ -401,8 +413,8 @@ def test_an_unknown_name_is_one_line(name, message):
 
 
 def test_sets_name_what_the_budgets_evaluate():
-    counts = {name: len(sets.members(name)) for name in (sets.QUICK, sets.SWEEP, sets.FULL)}
-    assert counts == {sets.QUICK: 6, sets.SWEEP: 4, sets.FULL: 12 * 3 + 6 + 3}
+    counts = {name: len(sets.members(name)) for name in ("spectral-peft", "spectral-peft-rates", "spectral-peft-full")}
+    assert list(counts.values()) == [8, 4, 12 * 3 + 6 + 3]
 
 
 def test_bases_are_trained_first_and_what_is_here_is_not_trained_again(workshop, monkeypatch):

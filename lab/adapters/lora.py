@@ -223,7 +223,10 @@ def read_factors(decoder: Decoder, folder: Path) -> dict[Place, Factors]:
 
 def _peft() -> Any:
     try:
-        import peft
+        with warnings.catch_warnings():
+            # Its import meets what PyTorch has deprecated in itself.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import peft
     except ImportError as error:
         raise UserError('adapters need peft: pip install -c constraints.txt -e ".[adapters]"') from error
     return peft

@@ -9,8 +9,7 @@ from lab.experiments.surgery.spectral_peft import EXPERIMENT, Run, runs
 from lab.training import recipes, specimens
 from lab.training.recipes import Recipe, recipe
 
-#: names of sets beside those of single specimens
-QUICK, SWEEP, FULL = recipes.FAMILY, f"{recipes.FAMILY}-rates", f"{recipes.FAMILY}-full"
+SWEEP = f"{recipes.FAMILY}-rates"
 
 
 def members(name: str) -> list[Recipe]:
@@ -23,11 +22,8 @@ def members(name: str) -> list[Recipe]:
         UserError: there is no such set or specimen.
     """
     rates = recipes.rates()
-    sets = {
-        QUICK: list(runs(EXPERIMENT.budgets["quick"], rates)),
-        SWEEP: [Run("A", rate, 0) for rate in rates.sweep],
-        FULL: list(runs(EXPERIMENT.budgets["full"], rates)),
-    }
+    sets = {budget.specimens: list(runs(budget, rates)) for budget in EXPERIMENT.budgets.values()}
+    sets[SWEEP] = [Run("A", rate, 0) for rate in rates.sweep]
     return [recipe(run.name) for run in sets[name]] if name in sets else [recipe(name)]
 
 

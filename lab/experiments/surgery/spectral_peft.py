@@ -272,6 +272,7 @@ class Budget:
         sweep: whether A is evaluated at every rate of the sweep.
         problems: of each split, from the first on; None is all 200.
         text_tokens: completion tokens of unrelated text.
+        specimens: name of the set of adapters, for `python -m lab train`.
         batch_tokens: padded tokens per batch.
     """
 
@@ -281,6 +282,7 @@ class Budget:
     sweep: bool
     problems: int | None
     text_tokens: int
+    specimens: str
     batch_tokens: int = 2048
 
 
@@ -329,12 +331,13 @@ EXPERIMENT = Experiment(
     measure=measure,
     budgets={
         "quick": Budget(
-            gentle=("A", "B_matched", "F", "H"),
+            gentle=("A", "B_matched", "spectral", "inverse", "F", "H"),
             aggressive=("A", "H"),
             seeds=(0,),
             sweep=False,
             problems=16,
             text_tokens=300,
+            specimens="spectral-peft",
         ),
         "full": Budget(
             gentle=(
@@ -356,6 +359,7 @@ EXPERIMENT = Experiment(
             sweep=True,
             problems=None,
             text_tokens=2000,
+            specimens="spectral-peft-full",
             batch_tokens=8192,
         ),
     },

@@ -65,7 +65,7 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     if subject.facts.name != family["subject"]:
         raise NotApplicable(f"no recipe adapts {subject.facts.name}; the adapters of T-18 are {family['subject']}'s")
     planned = runs(budget, rates)
-    folders = specimens.require([family["base"], *(run.name for run in planned)], remedy=recipes.FAMILY)
+    folders = specimens.require([family["base"], *(run.name for run in planned)], remedy=budget.specimens)
     decoder = subject.decoder
     material = _Material(subject, corpus, budget)
     adapters = {run: lora.read_factors(decoder, folders[run.name]) for run in planned}
