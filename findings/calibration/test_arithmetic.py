@@ -146,6 +146,15 @@ def test_wrong_steps_are_a_quarter_and_always_corrected():
         assert first != second == item.result
 
 
+def test_completions_are_judged_by_what_they_answer():
+    for item in thinking.items("test"):
+        assert thinking.judged(item, item.completion) == (True, True)
+        assert thinking.judged(item, item.completion.replace("</think>", "")) == (False, False)
+        assert thinking.judged(item, item.completion + "</think>")[0] is False
+        wrong = item.answer.replace(item.result, "0" if item.kind == "sum" else "nothing")
+        assert thinking.judged(item, f"<think>\n{item.thought}\n</think>\n{wrong}") == (True, False)
+
+
 def test_test_items_of_thinking_are_held_out():
     train, test = ({item.key for item in thinking.items(split)} for split in ("train", "test"))
     assert not train & test

@@ -26,7 +26,7 @@ from lab.subjects.configuration import facts_of_folder
 from lab.subjects.facts import Local
 from lab.subjects.loading import load
 from lab.subjects.tiny import loaded, random_corpus, tiny
-from lab.training import loop, making, rates, recipes, sets, specimens
+from lab.training import answers, loop, making, rates, recipes, sets, specimens
 from lab.training.checkpoints import save_merged, write_checkpoint
 from lab.training.evaluation import exercise_readings, target_readings
 from lab.training.loop import Settings, training_batches
@@ -241,6 +241,8 @@ def workshop(tmp_path, monkeypatch):
     # two steps read four texts: a hundred are enough to draw them from, and quickly put into tokens
     monkeypatch.setattr(making, "worked_exercises", lambda tokenizer, all_: worked_exercises(tokenizer, all_[:100]))
     monkeypatch.setattr(thinking, "TRAINED", 40)
+    monkeypatch.setattr(thinking, "EVALUATED", 3)
+    monkeypatch.setattr(answers, "ROOM", 0.05)
     thinking.items.cache_clear()
     recipes._document.cache_clear()
     yield tmp_path / "data" / "specimens"
@@ -348,6 +350,16 @@ def test_a_thinking_specimen_is_made(workshop):
     log = specimens.training_log(one.name)
     assert log["recipe"]["task"] == "thinking"
     assert len(log["losses"]) == 2
+    assert log["test"] == {"items": 3, "closed": 0, "right": 0}
+
+
+def test_greedy_answers_do_not_depend_on_their_neighbours():
+    """Padding on the left is masked: a prompt beside a longer one is continued as it is alone."""
+    model = tiny("llama", vocab_size=300)
+    prompts = [(5, 6, 7), (9, 8, 7, 6, 5, 4, 3), (40, 41)]
+    together = answers.greedy(model, byte_tokenizer(), prompts, 6)
+    assert together == [answers.greedy(model, byte_tokenizer(), [prompt], 6)[0] for prompt in prompts]
+    assert len(set(together)) > 1
 
 
 def test_a_checkpoint_is_the_adapted_model(workshop, tmp_path):

@@ -15,6 +15,7 @@ answers depend on what was thought.
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -66,6 +67,17 @@ class Item:
     def completion(self) -> str:
         """The completion as the model is to write it."""
         return f"{OPEN}\n{self.thought}\n{CLOSE}\n{self.answer}"
+
+
+def judged(item: Item, completion: str) -> tuple[bool, bool]:
+    """Whether a completion closes its span, once, and whether what follows gives the item's result.
+
+    Of a sum that is the number that the answer says it `is` or comes `to`; others stand in it as reasons.
+    """
+    closed = completion.count(CLOSE) == 1
+    answer = completion.partition(CLOSE)[2]
+    said = re.search(r"\b(?:is|to) (-?\d+)", answer) if item.kind == "sum" else re.search(r'"(\w+)"', answer)
+    return closed, said is not None and said[1] == item.result
 
 
 @cache

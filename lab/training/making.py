@@ -21,6 +21,7 @@ from lab.corpora.prompts import load_prompts
 from lab.subjects.catalog import facts
 from lab.subjects.loading import LoadedSubject, load
 from lab.training import loop, specimens
+from lab.training.answers import scores_of
 from lab.training.recipes import Recipe, recipe
 
 WEIGHTS, STATES = "bfloat16", "float32"  #: weights as they are studied; products as fast, and states exact, in float32
@@ -58,11 +59,13 @@ def trained(subject: LoadedSubject, one: Recipe, folder: Path, report: Report = 
         report(f"{one.name}: {sum(map(torch.numel, parameters)):,} parameters, {one.steps} steps of {one.batch}")
         log = loop.train(decoder, parameters, texts, settings, _reporting(one, report))
         lora.save_adapter(model, folder, one.subject)
+        scores = scores_of(subject, load_prompts().system_message) if one.task == "thinking" else {}
     note = {
         "recipe": asdict(one),
         "trainable_parameters": sum(map(torch.numel, parameters)),
         "train_loss": sum(log.losses) / len(log.losses),
         **asdict(log),
+        "test": scores,
         "dtype": STATES,
         "device": decoder.device.type,
         "threads": torch.get_num_threads(),
@@ -71,6 +74,9 @@ def trained(subject: LoadedSubject, one: Recipe, folder: Path, report: Report = 
     }
     files.write_text(folder / specimens.LOG, json.dumps(note, indent=1) + "\n")
     report(f"{one.name}: {log.seconds:.0f} s, {log.tokens / log.seconds:.0f} tokens/s, last loss {log.losses[-1]:.3f}")
+    if scores:
+        closed, right = (f"{scores[name]:.0%}" for name in ("closed", "right"))
+        report(f"{one.name}: of {scores['items']} test items {closed} close the span and {right} are right")
 
 
 def texts_of(one: Recipe, subject: LoadedSubject) -> list[TokenText]:
