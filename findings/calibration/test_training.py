@@ -307,6 +307,12 @@ def test_other_subjects_have_no_adapters(workshop):
         measuring.measure(other, random_corpus(), QUICK, Sweep())
 
 
+def test_without_peft_nothing_is_measured(workshop, monkeypatch):
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    with pytest.raises(NotApplicable, match=r"adapters need peft: pip install"):
+        measuring.measure(subject(), random_corpus(), QUICK, Sweep())
+
+
 def test_a_specimen_is_whole_or_absent(workshop):
     one = recipes.recipe("arithmetic-competence")
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lab.statistics.spectra import effective_rank_of_gram, gram
 from lab.subjects.anatomy import Decoder
 
 STORED = torch.float16  #: 11 digits of mantissa; bfloat16 has 8. An update's largest elements are far below 65,504
-Maps = Mapping[tuple[int, str], nn.Linear]
+NEED = 'adapters need peft: pip install -c constraints.txt -e ".[adapters]"'
 Place = tuple[int, str]
 
 
@@ -221,6 +222,11 @@ def read_factors(decoder: Decoder, folder: Path) -> dict[Place, Factors]:
     return found
 
 
+def is_available() -> bool:
+    """Whether peft is installed."""
+    return find_spec("peft") is not None
+
+
 def _peft() -> Any:
     try:
         with warnings.catch_warnings():
@@ -228,7 +234,7 @@ def _peft() -> Any:
             warnings.simplefilter("ignore", DeprecationWarning)
             import peft
     except ImportError as error:
-        raise UserError('adapters need peft: pip install -c constraints.txt -e ".[adapters]"') from error
+        raise UserError(NEED) from error
     return peft
 
 

@@ -64,6 +64,8 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     family, rates = recipes.family(), recipes.rates()
     if subject.facts.name != family["subject"]:
         raise NotApplicable(f"no recipe adapts {subject.facts.name}; the adapters of T-18 are {family['subject']}'s")
+    if not lora.is_available():
+        raise NotApplicable(lora.NEED)
     planned = runs(budget, rates)
     folders = specimens.require([family["base"], *(run.name for run in planned)], remedy=budget.specimens)
     decoder = subject.decoder
