@@ -70,8 +70,11 @@ def _is_value(value: Any) -> bool:
     return value is None or isinstance(value, (str, bool)) or _is_number(value)
 
 
-def _is_simple(value: Any) -> bool:
-    return all(map(_is_simple, value)) if isinstance(value, list) else _is_value(value)
+def _is_simple(value: Any, depth: int = 3) -> bool:
+    """A value, or lists of values, so many deep."""
+    if isinstance(value, list):
+        return depth > 0 and all(_is_simple(part, depth - 1) for part in value)
+    return _is_value(value)
 
 
 def _is_number(value: Any) -> bool:
