@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lab.corpora.batches import TokenBatch
@@ -42,12 +43,12 @@ class TokenLosses:
         """The losses under the name `loss`."""
         hidden = states[:, self.scored.row, self.scored.position].flatten(0, 1)
         targets = self.scored.target.repeat(len(states))
-        chunks = zip(hidden.split(self.rows), targets.split(self.rows), strict=True)
+        chunks = zip(torch.split(hidden, self.rows), torch.split(targets, self.rows), strict=True)
         return {"loss": torch.cat([self._losses(*chunk) for chunk in chunks]).reshape(len(states), -1)}
 
     def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.decoder.unembedding.logits(self.decoder.final_norm(hidden), self.head_dtype)
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
+        return F.cross_entropy(logits, targets, reduction="none").double()
 
 
 class _Stage:
@@ -154,12 +155,12 @@ class LayerOrderLosses:
         race = _Race(len(trials))
         for stage in self._stages:
             stage.rebase(self._layers(base))
-            alive = race.alive
-            found = _lost_if_not_finite(stage.losses([self._layers(trials[index]) for index in alive]))
+            found = _lost_if_not_finite(stage.losses([self._layers(trials[int(index)]) for index in race.alive]))
             race.add(found - stage.base_losses())
-            mean, error = race.mean, self.z * race.error
-            settled = np.minimum(limits, 0) - mean > error
-            race.drop((mean - limits > error) | (settled & (not self.finish)))
+            with np.errstate(invalid="ignore"):  # an infinite z times no error: then nothing is clear
+                mean, error = race.mean, self.z * race.error
+                settled = np.minimum(limits, 0) - mean > error
+                race.drop((mean - limits > error) | (settled & (not self.finish)))
             if not len(race.alive):
                 break
         return race.mean

@@ -18,7 +18,8 @@ Order = tuple[int, ...]
 Move = Callable[[Order], Order]
 
 EPSILON = 1e-6  #: an improvement counts from here on, as published
-LARGEST_WINDOW = 64
+#: trials handed over together: few where the next may be accepted, for what is ahead of it then was tried in vain
+SMALLEST_WINDOW, LARGEST_WINDOW = 4, 64
 
 
 class Losses(Protocol):
@@ -96,13 +97,13 @@ def descend(losses: Losses, order: Order, moves: Sequence[Move]) -> tuple[Order,
 
     The next few moves are tried together, twice as many after each few that all failed.
     """
-    place, made, window = 0, 0, 2
+    place, made, window = 0, 0, SMALLEST_WINDOW
     while place < len(moves):
         trials = [move(order) for move in moves[place : place + window]]
         better = np.flatnonzero(losses.differences(order, trials) < -EPSILON)
         if len(better):
             order, made = trials[better[0]], made + 1
-            place, window = place + int(better[0]) + 1, 2
+            place, window = place + int(better[0]) + 1, SMALLEST_WINDOW
         else:
             place, window = place + len(trials), min(2 * window, LARGEST_WINDOW)
     return order, made

@@ -203,7 +203,10 @@ def _heldout_variables(
     """Losses of the true order, of its neighbours exchanged, and of all contenders on text that no search has read."""
     n, chosen = subject.decoder.n_layers, corpus.texts[: budget.heldout_texts]
     texts = tuple(plain_text(text, budget.heldout_tokens) for text in chosen)
-    question = [range(1, min(len(plain.ids), len(plain_text(text).ids) - len(text.completion_ids))) for plain, text in zip(texts, chosen, strict=True)]
+    question = [
+        range(1, min(len(plain.ids), len(plain_text(text).ids) - len(text.completion_ids)))
+        for plain, text in zip(texts, chosen, strict=True)
+    ]
     sample = Sample(tuple(text.id for text in chosen), texts, tuple(map(tuple, question)))
     losses = ProgramLosses(Executor(subject.decoder), sweep, BATCH_TOKENS, budget.head_dtype)
     intact = losses("true order", sample, {"the true order": identity(n)}, user_words=True)
@@ -219,7 +222,10 @@ def _heldout_variables(
         "scored_tokens": variable("prompt", sample.scored_tokens, "token", "scored tokens of the held-out texts"),
         "baseline_loss": variable("prompt", baseline, "nat/token", "loss of the true order"),
         "neighbour_swap_delta": variable(
-            ("neighbour", "prompt"), values[: n - 1] - baseline, "nat/token", "rise with the layer and the next exchanged"
+            ("neighbour", "prompt"),
+            values[: n - 1] - baseline,
+            "nat/token",
+            "rise with the layer and the next exchanged",
         ),
         "heldout_loss": variable(
             ("contender", "seed", "prompt"),
@@ -244,7 +250,11 @@ def _parts(sample: Sample, intact: dict[str, np.ndarray]) -> Variables:
             "prompt", intact["user_loss"][0], "nat/token", "loss on the question", weights="question_tokens"
         ),
         "own_loss": variable(
-            "prompt", own_loss, "nat/token", "loss on the model's own text, 0 where none is scored", weights="own_tokens"
+            "prompt",
+            own_loss,
+            "nat/token",
+            "loss on the model's own text, 0 where none is scored",
+            weights="own_tokens",
         ),
         "own_token_share": variable("prompt", own / every, "1", "share of scored tokens that the model wrote"),
     }
@@ -283,7 +293,7 @@ def _settings(subject: LoadedSubject, weights: WeightFeatures, found: Sequence[A
         "num_attention_heads": facts.heads,
         "num_key_value_heads": facts.kv_heads,
         "head_dim": facts.head_dim,
-        "vocabulary": facts.vocabulary,
+        "vocab_size": facts.vocabulary,
         "attention_kinds": sorted(set(kinds or ["full_attention"])),
         "shuffle": f"torch.randperm({facts.layers}) from CPU generators seeded with {FIRST_SEED} and on",
         "spectrum_of": list(dict.fromkeys(weights.spectrum_of)),

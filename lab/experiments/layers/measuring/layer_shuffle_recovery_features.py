@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lab.corpora.batches import Positions, TokenBatch
 from lab.errors import UserError
 from lab.residual.executor import Edit, Executor
-from lab.residual.local_linearity import LayerReplay
 from lab.residual.programs import Step
+from lab.residual.replay import LayerReplay
 from lab.statistics.spectra import singular_values
 from lab.subjects.anatomy import Decoder
 
@@ -34,7 +34,7 @@ class WeightFeatures:
     """What the parameters of the L layers say.
 
     Attributes:
-        statistics: Euclidean norm, mean, standard deviation (ddof 1) and largest absolute value of all parameters [L, 4].
+        statistics: Euclidean norm, mean, standard deviation (ddof 1), largest absolute value of all parameters [L, 4].
         gains: all parameters of norms [L, n].
         spectrum: the largest singular values of some matrices [L, m].
         spectrum_of: which matrices.

@@ -106,18 +106,21 @@ def euclidean(features: np.ndarray) -> np.ndarray:
 
 def cosine_distance(features: np.ndarray) -> np.ndarray:
     """1 - cosine of rows [n, n]."""
-    return 1 - cosines(features @ features.T)
+    distances: np.ndarray = 1 - cosines(features @ features.T)
+    return distances
 
 
 def cosines(products: np.ndarray) -> np.ndarray:
     """Cosines [n, n] from inner products [n, n]; 0 for rows of norm 0."""
     norms = np.sqrt(products.diagonal())
     scale = np.outer(norms, norms)
-    return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
+    found: np.ndarray = np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
+    return found
 
 
 def standardised(features: np.ndarray) -> np.ndarray:
     """Columns with mean 0 and deviation 1; a constant column stays 0."""
     centred = features - features.mean(0)
     deviation = centred.std(0)
-    return np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 0)
+    scaled: np.ndarray = np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 0)
+    return scaled

@@ -45,6 +45,8 @@ PROBE_STRIDE = 100  #: between the generators of two runs' random input; a run t
 #: chains that the choice of a beginning has its pick from, in both directions
 CANDIDATES = (*WEIGHT_METHODS, *PROBE_METHODS)
 SEARCHES = (*LOSS_METHODS, "block_descent", "random_start")
+#: searches that read little text: the first two did so in the source
+ON_SMALL_TEXT = ("greedy_perplexity", "simulated_annealing", "random_start")
 COSTS = ("trial_orders", "layer_passes", "head_passes", "wall_time")
 
 
@@ -110,22 +112,17 @@ class Run:
 
         `order NAME` [position], `cost NAME` [COSTS], and what `_without_text`, `_choice` and `_losses_of` say.
         """
-        steps = 3 + len(SEARCHES)
-
-        def part(name: str, compute: Callable[[], Arrays]) -> Arrays:
-            arrays = sweep.shard(f"run {self.seed}: {name}", compute)
-            part.done += 1  # type: ignore[attr-defined]
-            done = self.seed * steps + part.done  # type: ignore[attr-defined]
-            sweep.progress(done, steps * self.budget.seeds, f"run {self.seed}: {name}")
-            return arrays
-
-        part.done = 0  # type: ignore[attr-defined]
-        found = part("methods without text", self._without_text)
-        found |= part("choice of a beginning", lambda: self._choice(found))
-        start = self._slots(found["order seed"])
-        for name in SEARCHES:
-            found |= part(name, partial(self._searched, name, start))
-        found |= part("losses", lambda: self._losses_of(found))
+        found: Arrays = {}
+        parts: dict[str, Callable[[], Arrays]] = {
+            "methods without text": self._without_text,
+            "choice of a beginning": lambda: self._choice(found),
+            **{name: partial(self._searched, name, found) for name in SEARCHES},
+            "losses": lambda: self._losses_of(found),
+        }
+        for done, (name, compute) in enumerate(parts.items(), start=1):
+            what = f"run {self.seed}: {name}"
+            found |= sweep.shard(what, compute)
+            sweep.progress(self.seed * len(parts) + done, self.budget.seeds * len(parts), what)
         return found
 
     # ---- without text
@@ -199,10 +196,11 @@ class Run:
             "chosen taus": np.array([self._tau(trials[index]) for index in chosen.values()]),
         }
 
-    def _searched(self, name: str, start: Order) -> Arrays:
-        small = name == "simulated_annealing"
-        losses, started = self._losses(self.budget.small_stages, finish=True) if small else self._losses(), time.perf_counter()
-        budget, slots = self.budget, range(self.decoder.n_layers)
+    def _searched(self, name: str, found: Mapping[str, np.ndarray]) -> Arrays:
+        budget, slots, started = self.budget, range(self.decoder.n_layers), time.perf_counter()
+        small = budget.small_stages if name in ON_SMALL_TEXT else None
+        losses = self._losses(small, finish=name == "simulated_annealing")
+        start = self._slots(found["order seed"])
         if name == "greedy_perplexity":
             path = order_search.greedy_construction(losses, slots)
         elif name == "pairwise_bubble":
@@ -232,7 +230,12 @@ class Run:
         dtype = HEAD_DTYPES[self.budget.head_dtype]
         own = self.budget.z if z is None else z
         return LayerOrderLosses(
-            self.decoder, self.stages[:stages], self.layer_of_slot, z=own, finish=finish, head_dtype=dtype
+            self.decoder,
+            self.stages[:stages],
+            self.layer_of_slot,
+            z=own,
+            finish=finish,
+            head_dtype=dtype,
         )
 
     def _cost(self, losses: LayerOrderLosses, started: float) -> np.ndarray:
