@@ -1,7 +1,6 @@
 """Known answers of layer shuffle recovery: features, raced losses, whole measurements, published figures."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -38,6 +37,7 @@ from lab.residual.executor import Executor
 from lab.residual.order_losses import LayerOrderLosses
 from lab.statistics import orders, seriation
 from lab.store import Sweep
+from lab.subjects.anatomy import hidden_of
 from lab.subjects.tiny import LAYERS, loaded, random_corpus, tiny
 
 pytestmark = pytest.mark.calibration
@@ -49,6 +49,7 @@ BUDGET = replace(
     stages=((1, 8), (2, 10)),
     small_stages=1,
     proposals=20,
+    random_passes=2,
     heldout_texts=3,
     heldout_tokens=12,
     head_dtype="float32",
@@ -219,16 +220,16 @@ def test_layers_of_several_kinds_are_refused():
         weight_features(loaded(tiny("qwen3_next")).decoder)
 
 
-def test_fingerprints_are_means_and_deviations_of_updates(subject):
+@pytest.mark.parametrize("layer", [3, 4])  # of different kinds in Gemma 3
+def test_fingerprints_are_means_and_deviations_of_updates(subject, layer):
     decoder = subject.decoder
     found = fingerprints(decoder, 7)
     assert found.shape == (LAYERS, len(PROBE_SCALES) * 2 * decoder.width)
     states = noise(decoder, PROBE_SCALES[1], 8)
-    args, kwargs = decoder.capture(torch.zeros(2, 32, dtype=torch.int64)).call(3, 1)
+    args, kwargs = decoder.capture(torch.zeros(2, 32, dtype=torch.int64)).call(layer, 1)
     with torch.no_grad():
-        output = decoder.layers[3](states, *args, **kwargs)
-    update = ((output[0] if isinstance(output, tuple) else output) - states).flatten(0, 1)
-    own = found[3].reshape(len(PROBE_SCALES), 2, -1)[1]
+        update = (hidden_of(decoder.layers[layer](states, *args, **kwargs)) - states).flatten(0, 1)
+    own = found[layer].reshape(len(PROBE_SCALES), 2, -1)[1]
     assert np.allclose(own[0], update.mean(0), atol=1e-5)
     assert np.allclose(own[1], update.std(0), atol=1e-5)
 
@@ -254,8 +255,7 @@ def test_pair_spreads_are_those_of_two_layers_in_turn(subject):
     with torch.no_grad():
         for layer in (4, 1):
             args, kwargs = captured.call(layer, 1)
-            output = decoder.layers[layer](states, *args, **kwargs)
-            states = output[0] if isinstance(output, tuple) else output
+            states = hidden_of(decoder.layers[layer](states, *args, **kwargs))
     assert found[4, 1] == pytest.approx(float(states.std(correction=0)), rel=1e-4)
     assert np.isnan(found.diagonal()).all()
 
@@ -488,9 +488,9 @@ def test_executor_resumes_from_a_kept_state(subject, corpus):
 
     (batch, *_) = calibration_text(corpus, BUDGET, 0)
     stage = _Stage(subject.decoder, batch, torch.float32)
-    stage.rebase((4, 2))
+    stage.keep((4, 2))
     executor = Executor(subject.decoder, edits={_after(2): _resume(stage._states[1])})
     programs = [(Step(None, edit=_after(2)), *order([0, 3])), order([4, 2, 0, 3])]
     resumed, whole = executor.run(batch, programs, stage.readout)["loss"]
     assert torch.allclose(resumed, whole, atol=1e-6)
-    assert list(pairwise(stage.base)) == [(4, 2)]
+    assert stage.kept == (4, 2)

@@ -52,46 +52,49 @@ class TokenLosses:
 
 
 class _Stage:
-    """One batch of the text, with the states along the base order."""
+    """One batch of the text, with the states along an order that trials begin like."""
 
     def __init__(self, decoder: Decoder, batch: TokenBatch, head_dtype: torch.dtype):
         self.batch = batch.to(decoder.device)
         self.executor = Executor(decoder)
         self.readout = TokenLosses(decoder, batch, head_dtype)
-        self.base: Order = ()
+        self.kept: Order = ()
         self._states: list[Tensor] = []
-        self._base_losses: np.ndarray | None = None
+        self._base: tuple[Order, np.ndarray] = ((), np.empty(0))
+        self._latest: dict[Order, np.ndarray] = {}
         self.layer_tokens = self.head_tokens = 0
 
-    def rebase(self, layers: Order) -> None:
+    def keep(self, layers: Order) -> None:
         """Keep the states along these layers; those of a common beginning are kept already."""
-        if layers == self.base:
+        shared = _common(self.kept, layers)
+        if shared == len(layers):
             return
-        kept = _common(self.base, layers)
-        programs = [self._program(layers[:length]) for length in range(kept + 1, len(layers) + 1)]
-        found = self._run(programs, lambda states: {"state": states})["state"] if programs else ()
-        self._states = self._states[:kept] + [state.to(self.batch.ids.device) for state in found]
-        self.base, self._base_losses = layers, None
+        programs = [self._program(layers[:length]) for length in range(shared + 1, len(layers) + 1)]
+        found = self._run(programs, lambda states: {"state": states})["state"]
+        self._states = self._states[:shared] + [state.to(self.batch.ids.device) for state in found]
+        self.kept = layers
         self.executor.edits = {_after(place + 1): _resume(state) for place, state in enumerate(self._states)}
 
-    def base_losses(self) -> np.ndarray:
-        """Losses of the base order [token].
+    def base_losses(self, base: Order) -> np.ndarray:
+        """Losses of the base order [token]; known if it was among the latest trials.
 
         Raises:
             UserError: one is NaN or infinite, so that nothing can be compared with it.
         """
-        if self._base_losses is None:
-            self._base_losses = _finite(self.losses([self.base])[0], self.base)
-        return self._base_losses
+        if self._base[0] != base:
+            known = self._latest[base] if base in self._latest else self.losses([base])[0]
+            self._base = (base, _finite(known, base))
+        return self._base[1]
 
     def losses(self, orders: Sequence[Order]) -> np.ndarray:
         """Losses [order, token] of layers in these orders."""
         self.head_tokens += len(set(orders)) * len(self.batch.scored)
         found: np.ndarray = self._run([self._program(layers) for layers in orders], self.readout)["loss"].numpy()
+        self._latest = dict(zip(orders, found, strict=True))
         return found
 
     def _program(self, layers: Order) -> Program:
-        kept = _common(self.base, layers)
+        kept = _common(self.kept, layers)
         return ((Step(None, edit=_after(kept)),) if kept else ()) + order(layers[kept:])
 
     def _run(self, programs: Sequence[Program], readout: Any) -> dict[str, Tensor]:
@@ -152,11 +155,14 @@ class LayerOrderLosses:
         """See `Losses`; an order of which a loss is not finite is infinitely worse."""
         self.trials += len(trials)
         limits = np.broadcast_to(np.asarray(margins, dtype=float), len(trials))
+        layers, others = self._layers(base), [self._layers(trial) for trial in trials]
+        shared = layers[: max(_common(layers, other) for other in others)]
         race = _Race(len(trials))
         for stage in self._stages:
-            stage.rebase(self._layers(base))
-            found = _lost_if_not_finite(stage.losses([self._layers(trials[int(index)]) for index in race.alive]))
-            race.add(found - stage.base_losses())
+            own = stage.base_losses(layers)
+            stage.keep(shared)
+            found = stage.losses([others[int(index)] for index in race.alive])
+            race.add(_lost_if_not_finite(found) - own)
             with np.errstate(invalid="ignore"):  # an infinite z times no error: then nothing is clear
                 mean, error = race.mean, self.z * race.error
                 settled = np.minimum(limits, 0) - mean > error
@@ -175,7 +181,7 @@ class LayerOrderLosses:
         for stage in self._stages:
             if len(trials) > 1 and len(race.alive) == 1:
                 break
-            stage.rebase(shared)
+            stage.keep(shared)
             found = np.full((len(trials), len(stage.batch.scored)), np.nan)
             found[race.alive] = _lost_if_not_finite(stage.losses([layers[index] for index in race.alive]))
             race.add(found[race.alive])

@@ -69,7 +69,9 @@ def greedy_construction(losses: Losses, items: Sequence[int]) -> Order:
     return order
 
 
-def bubble(losses: Losses, order: Order, *, passes: int = 5, sweeps: int | None = None) -> Order:
+def bubble(
+    losses: Losses, order: Order, *, passes: int = 5, sweeps: int | None = None, reach: int | None = None
+) -> Order:
     """Adjacent swaps from left to right, then swaps of all other pairs, each as soon as it lowers the loss.
 
     Args:
@@ -77,13 +79,14 @@ def bubble(losses: Losses, order: Order, *, passes: int = 5, sweeps: int | None 
         order: to begin with.
         passes: over neighbours, at most; the first without a swap is the last.
         sweeps: over pairs that are not neighbours, at most; None goes on until nothing improves.
+        reach: how far apart these pairs may be; None is any distance.
     """
     n, done = len(order), 0
     for _ in range(passes):
         order, swaps = descend(losses, order, [swapped(i, j) for i, j in pairwise(range(n))])
         if not swaps:
             break
-    apart = [swapped(i, j) for i, j in combinations(range(n), 2) if j > i + 1]
+    apart = [swapped(i, j) for i, j in combinations(range(n), 2) if 1 < j - i <= (reach or n)]
     while sweeps is None or done < sweeps:
         order, swaps = descend(losses, order, apart)
         done += 1
@@ -109,12 +112,17 @@ def descend(losses: Losses, order: Order, moves: Sequence[Move]) -> tuple[Order,
     return order, made
 
 
-def reinsertion(losses: Losses, order: Order, *, passes: int = 3) -> Order:
-    """For each position, put its item where the loss is lowest; until a pass changes nothing, at most `passes`."""
+def reinsertion(losses: Losses, order: Order, *, passes: int = 3, reach: int | None = None) -> Order:
+    """For each position, put its item where the loss is lowest; until a pass changes nothing, at most `passes`.
+
+    An item moves by at most `reach` positions; None is any distance.
+    """
+    n = len(order)
     for _ in range(passes):
         before = order
-        for position in range(len(order)):
-            trials = [moved(position, other)(order) for other in range(len(order)) if other != position]
+        for position in range(n):
+            others = [other for other in range(n) if 0 < abs(other - position) <= (reach or n)]
+            trials = [moved(position, other)(order) for other in others]
             differences = losses.differences(order, trials)
             if differences.min(initial=0.0) < -EPSILON:
                 order = trials[int(differences.argmin())]

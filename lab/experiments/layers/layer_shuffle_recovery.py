@@ -332,7 +332,8 @@ class Budget:
         proposals: of annealing.
         bubble_sweeps: over pairs of positions that are not neighbours, at most; None until nothing improves.
         reinsertion_passes: at most.
-        random_passes: adjacent passes from a random order.
+        random_passes: adjacent passes from a random order; None starts no search there.
+        reach: how far insertions move a layer, and swaps of the sweeps exchange two; None is any distance.
         largest_block: layers in a block that block descent moves.
         heldout_texts: texts that no search reads, the first of the corpus.
         heldout_tokens: tokens of each.
@@ -347,7 +348,8 @@ class Budget:
     proposals: int
     bubble_sweeps: int | None
     reinsertion_passes: int
-    random_passes: int
+    random_passes: int | None
+    reach: int | None
     largest_block: int
     heldout_texts: int
     heldout_tokens: int
@@ -363,18 +365,20 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
 
 
 # Some minutes on SmolLM2, where the source's searches, a forward pass per trial, would take 16 hours of the same core
-# for one run. Reduced are: text (140 tokens decide, 12 about what is hopeless), so that neighbours which cost little to
-# exchange may stay exchanged, and a tau of exactly 1 has little support; annealing, to 100 proposals; sweeps and
-# insertions, to one pass, which the errors of a bad seed outlive. Three runs give an interval that is their range.
+# for one run. Reduced are: text (109 tokens decide, 11 about what is hopeless), so that neighbours which cost little to
+# exchange may stay exchanged, and a tau of exactly 1 has little support; annealing, to 60 proposals; sweeps and
+# insertions, to one pass and 8 positions, which the errors of a bad seed outlive. Nothing starts from a random order:
+# a few passes from there could reach no high tau whatever the loss said. An interval over three runs is their range.
 QUICK = Budget(
     seeds=3,
-    stages=((1, 12), (2, 24), (2, 40)),
+    stages=((1, 12), (1, 36), (1, 64)),
     z=3,
     small_stages=2,
-    proposals=100,
+    proposals=60,
     bubble_sweeps=1,
     reinsertion_passes=1,
-    random_passes=5,
+    random_passes=None,
+    reach=8,
     largest_block=3,
     heldout_texts=8,
     heldout_tokens=40,
@@ -388,6 +392,7 @@ FULL = Budget(
     bubble_sweeps=None,
     reinsertion_passes=3,
     random_passes=5,
+    reach=None,
     largest_block=6,
     heldout_texts=12,
     heldout_tokens=128,

@@ -98,6 +98,7 @@ def _work(axes: Axes, records: Sequence[LayerShuffleRecovery]) -> None:
         if passes is not None and taus is not None:
             for method, x, y in zip(SEEDED, passes.values, taus.values, strict=True):
                 axes.annotate(NAMES[method], (x, y), xytext=(3, -3), textcoords="offset points", fontsize=7, va="top")
+    axes.margins(x=0.15)  # room for names
     axes.set_title("Searches by loss")
 
 

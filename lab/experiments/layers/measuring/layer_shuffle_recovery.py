@@ -26,6 +26,7 @@ from lab.experiments.layers.measuring.layer_shuffle_recovery_runs import (
     CANDIDATES,
     COSTS,
     FIRST_SEED,
+    RANDOM_START,
     Run,
     calibration_text,
     contender_order,
@@ -188,13 +189,15 @@ def _loss_variables(found: Sequence[Arrays]) -> Variables:
             "1",
             "tau of the beginning chosen by loss, and of the one chosen by the truth",
         ),
-        "random_start_tau": variable(
-            "seed",
-            [float(orders.kendall_tau(arrays["order random_start"])) for arrays in found],
-            "1",
-            "tau of adjacent swaps by loss from a random order",
-        ),
-    }
+    } | _random_variables(found)
+
+
+def _random_variables(found: Sequence[Arrays]) -> Variables:
+    """Where searches from a random order ended; nothing under budgets that start none."""
+    if f"order {RANDOM_START}" not in found[0]:
+        return {}
+    taus = [float(orders.kendall_tau(arrays[f"order {RANDOM_START}"])) for arrays in found]
+    return {"random_start_tau": variable("seed", taus, "1", "tau of adjacent swaps by loss from a random order")}
 
 
 def _heldout_variables(

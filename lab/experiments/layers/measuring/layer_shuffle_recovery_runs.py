@@ -44,9 +44,10 @@ FIRST_SEED = 42
 PROBE_STRIDE = 100  #: between the generators of two runs' random input; a run takes five
 #: chains that the choice of a beginning has its pick from, in both directions
 CANDIDATES = (*WEIGHT_METHODS, *PROBE_METHODS)
-SEARCHES = (*LOSS_METHODS, "block_descent", "random_start")
+SEARCHES = (*LOSS_METHODS, "block_descent")
+RANDOM_START = "random_start"
 #: searches that read little text: the first two did so in the source
-ON_SMALL_TEXT = ("greedy_perplexity", "simulated_annealing", "random_start")
+ON_SMALL_TEXT = ("greedy_perplexity", "simulated_annealing", RANDOM_START)
 COSTS = ("trial_orders", "layer_passes", "head_passes", "wall_time")
 
 
@@ -116,7 +117,7 @@ class Run:
         parts: dict[str, Callable[[], Arrays]] = {
             "methods without text": self._without_text,
             "choice of a beginning": lambda: self._choice(found),
-            **{name: partial(self._searched, name, found) for name in SEARCHES},
+            **{name: partial(self._searched, name, found) for name in self._searches},
             "losses": lambda: self._losses_of(found),
         }
         for done, (name, compute) in enumerate(parts.items(), start=1):
@@ -124,6 +125,10 @@ class Run:
             found |= sweep.shard(what, compute)
             sweep.progress(self.seed * len(parts) + done, self.budget.seeds * len(parts), what)
         return found
+
+    @property
+    def _searches(self) -> tuple[str, ...]:
+        return SEARCHES if self.budget.random_passes is None else (*SEARCHES, RANDOM_START)
 
     # ---- without text
 
@@ -204,16 +209,16 @@ class Run:
         if name == "greedy_perplexity":
             path = order_search.greedy_construction(losses, slots)
         elif name == "pairwise_bubble":
-            path = order_search.bubble(losses, start, sweeps=budget.bubble_sweeps)
+            path = order_search.bubble(losses, start, sweeps=budget.bubble_sweeps, reach=budget.reach)
         elif name == "simulated_annealing":
             path = order_search.annealing(losses, start, proposals=budget.proposals, seed=FIRST_SEED + self.seed)
         elif name == "remove_reinsert":
-            path = order_search.reinsertion(losses, start, passes=budget.reinsertion_passes)
+            path = order_search.reinsertion(losses, start, passes=budget.reinsertion_passes, reach=budget.reach)
         elif name == "block_descent":
             path = order_search.block_descent(losses, start, largest_block=budget.largest_block)
         else:
             # Slots are in random order already.
-            path = order_search.bubble(losses, tuple(slots), passes=budget.random_passes, sweeps=0)
+            path = order_search.bubble(losses, tuple(slots), passes=budget.random_passes or 0, sweeps=0)
         return {f"order {name}": self._layers(path), f"cost {name}": self._cost(losses, started)}
 
     def _losses_of(self, found: Mapping[str, np.ndarray]) -> Arrays:
