@@ -36,7 +36,14 @@ NAMES = {
 def figure(records: Sequence[LayerShuffleRecovery]) -> Figure:
     """Tau of each method; the places that fingerprints and ensemble give; work of searches; exchanges of neighbours."""
     drawn, panels = drawing.mosaic([["tau", "tau"], ["fingerprints", "ensemble"], ["work", "neighbours"]])
-    drawing.bars(panels["tau"], records, "tau", x_label="method", label="Kendall's tau [1]", names=_names(records))
+    drawing.bars(
+        panels["tau"],
+        records,
+        "tau",
+        x_label="what orders the layers",
+        label="Kendall's tau [1]",
+        names=_names(records),
+    )
     panels["tau"].set_ylim(-1, 1.05)
     panels["tau"].tick_params(axis="x", labelrotation=60)
     for panel, method in (("fingerprints", "activation_flow"), ("ensemble", "ensemble_rank")):
@@ -46,7 +53,7 @@ def figure(records: Sequence[LayerShuffleRecovery]) -> Figure:
             partial(_placed, method=method),
             x=_depth,
             x_label=drawing.DEPTH_LABEL,
-            label="recovered place / number of layers",
+            label="recovered place / number of layers [1]",
         )
         panels[panel].set_title(f"Order by {NAMES[method]}")
         panels[panel].plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=0.9, zorder=1)
