@@ -6,7 +6,9 @@ text is read in stages. After each, a trial whose paired difference from the bas
 
     (mean_t d_t - margin) > z sd_t(d_t) / sqrt(n),    d_t = loss of the trial - loss of the base on token t,
 
-is given up. Tokens of one text are correlated, so z is no quantile; it is set well beyond one.
+is given up. What is not given up is read on all of the text, so that a descent takes only what lowers the loss of the
+whole text, and ends. (Taking what is clearly better on a part would save little, and among many trials something always
+is: descents then wander.) Tokens of one text are correlated, so z is no quantile.
 """
 
 from __future__ import annotations
@@ -110,8 +112,6 @@ class LayerOrderLosses:
         stages: the text, read batch by batch; each is scored at its own positions.
         layer_of_slot: the shuffle: slot s holds layer `layer_of_slot[s]`.
         z: how many standard errors above its margin a trial is given up; infinity reads all text for every trial.
-        finish: read all text for every trial that is not given up. Otherwise one that is as clearly better than the
-            base is settled, too: enough for a descent, but its difference is that of a part of the text.
         head_dtype: precision of the vocabulary projection.
 
     Attributes:
@@ -125,10 +125,9 @@ class LayerOrderLosses:
         layer_of_slot: Sequence[int],
         *,
         z: float,
-        finish: bool = False,
         head_dtype: torch.dtype = torch.bfloat16,
     ):
-        self.layer_of_slot, self.z, self.finish = tuple(layer_of_slot), z, finish
+        self.layer_of_slot, self.z = tuple(layer_of_slot), z
         self._stages = [_Stage(decoder, batch, head_dtype) for batch in stages]
         self.trials = 0
 
@@ -164,9 +163,7 @@ class LayerOrderLosses:
             found = stage.losses([others[int(index)] for index in race.alive])
             race.add(_lost_if_not_finite(found) - own)
             with np.errstate(invalid="ignore"):  # an infinite z times no error: then nothing is clear
-                mean, error = race.mean, self.z * race.error
-                settled = np.minimum(limits, 0) - mean > error
-                race.drop((mean - limits > error) | (settled & (not self.finish)))
+                race.drop(race.mean - limits > self.z * race.error)
             if not len(race.alive):
                 break
         return race.mean

@@ -237,8 +237,8 @@ def _exchange_blocks(losses: Losses, order: Order, spans: Sequence[tuple[int, in
     together = order
     for index in chosen:
         together = blocks_exchanged(*spans[index])(together)
-    best, _ = losses.lowest([together, trials[chosen[0]]])
-    return together if best == 0 else trials[chosen[0]]
+    (both,) = losses.differences(order, [together])
+    return together if both < differences[chosen[0]] else trials[chosen[0]]
 
 
 def _apart(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:

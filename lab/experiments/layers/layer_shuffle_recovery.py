@@ -365,20 +365,20 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
 
 
 # Some minutes on SmolLM2, where the source's searches, a forward pass per trial, would take 16 hours of the same core
-# for one run. Reduced are: text (85 tokens decide, 11 about what is hopeless), so that neighbours which cost little to
+# for one run. Reduced are: text (73 tokens decide, 11 about what is hopeless), so that neighbours which cost little to
 # exchange may stay exchanged, and a tau of exactly 1 has little support; annealing, to 60 proposals; sweeps and
-# insertions, to one pass and 4 positions, which the errors of a bad seed outlive. Nothing starts from a random order:
+# insertions, to one pass and 3 positions, which the errors of a bad seed outlive. Nothing starts from a random order:
 # a few passes from there could reach no high tau whatever the loss said. An interval over three runs is their range.
 QUICK = Budget(
     seeds=3,
-    stages=((1, 12), (1, 36), (1, 40)),
+    stages=((1, 12), (2, 32)),
     z=2,
     small_stages=2,
     proposals=60,
     bubble_sweeps=1,
     reinsertion_passes=1,
     random_passes=None,
-    reach=4,
+    reach=3,
     largest_block=2,
     heldout_texts=8,
     heldout_tokens=32,

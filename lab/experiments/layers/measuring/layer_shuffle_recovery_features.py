@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lab.corpora.batches import Positions, TokenBatch
-from lab.errors import UserError
+from lab.errors import NotApplicable
 from lab.residual.executor import Edit, Executor
 from lab.residual.programs import Step
 from lab.residual.replay import LayerReplay
@@ -66,7 +66,7 @@ def weight_features(decoder: Decoder) -> WeightFeatures:
     """Features of the parameters as they are loaded, read one tensor at a time.
 
     Raises:
-        UserError: the layers differ in their parameters, so that they cannot be compared entry by entry.
+        NotApplicable: the layers differ in their parameters, so that they cannot be compared entry by entry.
     """
     layers = [dict(layer.named_parameters()) for layer in decoder.layers]
     _require_alike(layers)
@@ -108,9 +108,8 @@ def _require_alike(layers: Sequence[dict[str, nn.Parameter]]) -> None:
     shapes = [{name: parameter.shape for name, parameter in layer.items()} for layer in layers]
     other = next((index for index, own in enumerate(shapes) if own != shapes[0]), None)
     if other is not None:
-        raise UserError(
-            f"layers 0 and {other} have different parameters: a shuffle of layers of several kinds is not recovered; "
-            "measure a decoder whose layers are built alike"
+        raise NotApplicable(
+            f"layers 0 and {other} have different parameters: a shuffle of layers of several kinds is not recovered"
         )
 
 

@@ -204,7 +204,7 @@ class Run:
     def _searched(self, name: str, found: Mapping[str, np.ndarray]) -> Arrays:
         budget, slots, started = self.budget, range(self.decoder.n_layers), time.perf_counter()
         small = budget.small_stages if name in ON_SMALL_TEXT else None
-        losses = self._losses(small, finish=name == "simulated_annealing")
+        losses = self._losses(small)
         start = self._slots(found["order seed"])
         if name == "greedy_perplexity":
             path = order_search.greedy_construction(losses, slots)
@@ -231,7 +231,7 @@ class Run:
             "annealing losses": np.array(ends),
         }
 
-    def _losses(self, stages: int | None = None, *, z: float | None = None, finish: bool = False) -> LayerOrderLosses:
+    def _losses(self, stages: int | None = None, *, z: float | None = None) -> LayerOrderLosses:
         dtype = HEAD_DTYPES[self.budget.head_dtype]
         own = self.budget.z if z is None else z
         return LayerOrderLosses(
@@ -239,7 +239,6 @@ class Run:
             self.stages[:stages],
             self.layer_of_slot,
             z=own,
-            finish=finish,
             head_dtype=dtype,
         )
 
