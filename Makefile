@@ -13,7 +13,7 @@ ATLAS = $(BIN)/python -m lab report --output $(RESULTS)/atlas
 WRITE_RESULTS = --verdicts $(RESULTS)/verdicts.json --drift $(RESULTS)/drift.json \
 	--summary $(RESULTS)/summary.md --junitxml $(RESULTS)/junit.xml
 
-.PHONY: findings test gpu atlas lint bench alarms install clean
+.PHONY: findings test gpu atlas lint bench alarms faults fuzz install clean
 
 # Audit every claim on the published figures and measure the subjects; verdict table and atlas are the result.
 findings: $(INSTALLED)
@@ -48,6 +48,14 @@ bench: $(INSTALLED)
 alarms: $(INSTALLED)
 	$(BIN)/python -m lab fetch smollm2-135m-instruct
 	$(BIN)/pytest findings/calibration/test_alarms_on_smollm2.py $(OPTIONS)
+
+# kill -9 at random moments, 200 times: minutes, no weights.
+faults: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python findings/calibration/killing.py all --kills 40
+
+# Damaged files of every kind that a user hands over, 1,400 of each: read or refused in one line.
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python findings/calibration/fuzzing.py all --cases 1400
 
 install: $(INSTALLED)
 

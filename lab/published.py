@@ -38,7 +38,11 @@ def dataset(experiment: str) -> xr.Dataset:
         UserError: the file is not whole, or a quantity's labels and values do not fit; the message
             names the quantity.
     """
-    file = path(experiment)
+    return read(path(experiment))
+
+
+def read(file: Path) -> xr.Dataset:
+    """The published figures in a file; see `dataset`."""
     document = _document(file)
     labels: dict[str, list[Any]] = {}
     arrays = {name: _array(file, name, entry, labels) for name, entry in document["quantities"].items()}
@@ -75,7 +79,10 @@ def _array(file: Path, name: str, entry: Any, labels: dict[str, list[Any]]) -> x
         if labels.setdefault(dim, here) != here:
             # xarray would fill the gaps with NaN, and integers would turn into floats
             raise UserError(f"the {WHAT} {file} label {dim!r} of {name!r} otherwise; give it a dimension of its own")
-    return xr.DataArray(values, dims=dims, coords=coords, attrs=attributes)
+    try:
+        return xr.DataArray(values, dims=dims, coords=coords, attrs=attributes)
+    except ValueError as error:
+        raise UserError(f"the {WHAT} {file} hold a {name!r} without proper coords; restore the file") from error
 
 
 def _part(error: Exception) -> str:

@@ -6,11 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import gguf as gguf_format
 import numpy as np
 import pytest
 import torch
-from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from lab.errors import UserError
@@ -18,71 +16,19 @@ from lab.subjects import gguf, weights, wheels
 from lab.subjects.catalog import facts, facts_of_model
 from lab.subjects.facts import Facts, WheelPart, Wheels
 from lab.subjects.loading import load
+from lab.subjects.tiny_gguf import HEADS, LAYERS, MLP, WIDTH, random_tensors, tokens, write_gguf
 
 pytestmark = pytest.mark.calibration
-
-LAYERS, WIDTH, HEADS, MLP = 2, 32, 4, 48
-SHAPES = {
-    "attn_norm.weight": (WIDTH,),
-    "attn_q.weight": (WIDTH, WIDTH),
-    "attn_q.bias": (WIDTH,),
-    "attn_k.weight": (WIDTH // 2, WIDTH),
-    "attn_k.bias": (WIDTH // 2,),
-    "attn_v.weight": (WIDTH // 2, WIDTH),
-    "attn_v.bias": (WIDTH // 2,),
-    "attn_output.weight": (WIDTH, WIDTH),
-    "ffn_norm.weight": (WIDTH,),
-    "ffn_gate.weight": (MLP, WIDTH),
-    "ffn_up.weight": (MLP, WIDTH),
-    "ffn_down.weight": (WIDTH, MLP),
-}
-
-
-def tokens() -> list[str]:
-    return [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "<|endoftext|>", "<|im_end|>"]
 
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, np.ndarray]:
-    """A Qwen2-shaped model whose head is a slightly disturbed copy of its embedding, as quantizers leave it."""
-    generator = np.random.default_rng(0)
-
-    def draw(shape: tuple[int, ...]) -> np.ndarray:
-        return (0.2 * generator.standard_normal(shape)).astype(np.float32)
-
-    found = {f"blk.{layer}.{name}": draw(shape) for layer in range(LAYERS) for name, shape in SHAPES.items()}
-    embedding = draw((len(tokens()), WIDTH))
-    head = (embedding * (1 + 0.02 * draw(embedding.shape))).astype(np.float32)
-    return found | {"token_embd.weight": embedding, "output.weight": head, "output_norm.weight": draw((WIDTH,))}
+    return random_tensors()
 
 
 @pytest.fixture(scope="module")
 def gguf_file(tensors: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("gguf") / "Tiny Qwen.gguf"
-    writer = gguf_format.GGUFWriter(path, "qwen2")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(MLP)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS // 2)
-    writer.add_rope_freq_base(1e6)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens())
-    writer.add_token_types([1] * (len(tokens()) - 2) + [3, 3])
-    writer.add_token_merges(["Ġ a"])
-    writer.add_bos_token_id(len(tokens()) - 2)
-    writer.add_eos_token_id(len(tokens()) - 1)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
-    for name, array in tensors.items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "Tiny Qwen.gguf", tensors)
 
 
 def wheel(folder: Path, package: str, member: str, content: bytes) -> WheelPart:

@@ -11,6 +11,8 @@ from typing import Any
 from lab import files, paths
 from lab.alarms import changes, circumstances
 from lab.alarms.trial import Variation
+from lab.corpora.fields import Fields
+from lab.errors import UserError
 from lab.experiments.layers import activation_patching, layer_knockout, layer_swap_cost, logit_lens
 from lab.snapshots.drift import Move
 
@@ -106,8 +108,19 @@ def read(path: Path = TABLE) -> Table:
     """
     if not path.exists():
         return Table()
-    content = files.read_json(path, WHAT)
-    return Table(content["libraries"], content["circumstances"], content["changes"])
+    content = Fields(files.read_json(path, WHAT), f"{WHAT} {path}")
+    parts = [content.mapping(name) for name in ("libraries", "circumstances", "changes")]
+    for part, depth in zip(parts, (1, 3, 3), strict=True):
+        if not _is_nested(part, depth):
+            raise UserError(f"the {WHAT} {path} is not what `make alarms` writes; restore it")
+    return Table(*parts)
+
+
+def _is_nested(tree: Any, depth: int) -> bool:
+    """Whether objects lie in objects, so many deep, and then words or numbers."""
+    if depth == 0:
+        return isinstance(tree, (str, int, float))
+    return isinstance(tree, dict) and all(_is_nested(branch, depth - 1) for branch in tree.values())
 
 
 def _rounded(share: float) -> float:

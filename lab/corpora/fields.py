@@ -35,8 +35,11 @@ class Fields:
             raise self.wrong(strange[0], f"is unknown; known are {', '.join(names)}")
 
     def text(self, name: str) -> str:
-        """A string."""
-        return self._typed(name, str, "a string")  # type: ignore[no-any-return]
+        """A string, of whole characters."""
+        text = self._typed(name, str, "a string")
+        if not _is_whole(text):
+            raise self.wrong(name, "holds half a character (a lone surrogate)")
+        return text  # type: ignore[no-any-return]
 
     def filled(self, name: str) -> str:
         """A string that is not blank."""
@@ -59,6 +62,10 @@ class Fields:
             raise self.wrong(name, "must be a finite number")
         return float(number)
 
+    def truth(self, name: str) -> bool:
+        """True or false."""
+        return self._typed(name, bool, "true or false")  # type: ignore[no-any-return]
+
     def ids(self, name: str) -> tuple[int, ...]:
         """Token ids: a list of whole numbers that are not negative."""
         values = self._typed(name, list, "a list of token ids")
@@ -71,7 +78,7 @@ class Fields:
         """A list of strings."""
         values = self._typed(name, list, "a list of strings")
         for value in values:
-            if not isinstance(value, str):
+            if not isinstance(value, str) or not _is_whole(value):
                 raise self.wrong(name, f"must be a list of strings, but holds {value!r}")
         return tuple(values)
 
@@ -99,6 +106,11 @@ class Fields:
         if not isinstance(value, kind):
             raise self.wrong(name, f"must be {words}, not {_kind(value)}")
         return value
+
+
+def _is_whole(text: str) -> bool:
+    """Whether a string can be written: JSON may hold halves of characters beyond the 16-bit plane."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _kind(value: Any) -> str:

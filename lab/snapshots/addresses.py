@@ -10,6 +10,7 @@ from typing import Any
 
 from lab import files, paths
 from lab.errors import UserError
+from lab.snapshots import form
 
 WHAT = "snapshot"
 UPDATE = "--snapshot-update"
@@ -50,10 +51,9 @@ def checked(content: Any, name: str) -> dict[str, Any]:
     Raises:
         UserError: it has not; `name` says where it lies.
     """
-    for part in ("numbers", "bands", "verdicts"):
-        entries = content.get(part, {}) if isinstance(content, dict) else None
-        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-            raise UserError(f"the {WHAT} {name} has no proper {part}; restore it, or record it anew with {UPDATE}")
+    part = form.fault(content)
+    if part is not None:
+        raise UserError(f"the {WHAT} {name} has no proper {part}; restore it, or record it anew with {UPDATE}")
     return dict(content)
 
 

@@ -19,6 +19,8 @@ WORKTREE = "WORKTREE"
 VERDICTS = "file of verdicts"
 KINDS = "a file of verdicts, a folder of snapshots, WORKTREE, or a git revision"
 
+VALUE = str | int | float | None
+
 Contents = dict[Address, dict[str, Any]]
 
 
@@ -47,8 +49,7 @@ def read(name: str) -> tuple[str, Contents]:
 
 def _of_verdicts(path: Path) -> Contents:
     rows = files.read_json(path, VERDICTS)
-    fields = {"claim", "experiment", "subject", "source", "where", "verdict"}
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and fields <= row.keys() for row in rows):
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
         raise UserError(f"the {VERDICTS} {path} is not what pytest's --verdicts writes; write it again")
     found: Contents = {}
     for row in rows:
@@ -57,6 +58,15 @@ def _of_verdicts(path: Path) -> Contents:
             known = {name: row.get(name) for name in ("verdict", "measured", "threshold", "support")}
             content["verdicts"][key(row["claim"], row["where"])] = known
     return found
+
+
+def _is_row(row: Any) -> bool:
+    """Whether this is a claim's row: names in words; place and verdict in words, or null."""
+    if not isinstance(row, dict):
+        return False
+    named = all(isinstance(row.get(name), str) for name in ("claim", "experiment", "subject", "source"))
+    judged = all(name in row and isinstance(row[name], str | None) for name in ("where", "verdict"))
+    return named and judged and all(isinstance(row.get(name), VALUE) for name in ("measured", "threshold", "support"))
 
 
 def _of_folder(folder: Path) -> Contents:

