@@ -162,20 +162,19 @@ def test_beginnings_of_orders_compete(subject, corpus, losses):
 
 
 def test_a_race_gives_up_losers_only(subject, corpus):
-    """A hopeless trial is read on the first stage alone; a margin beyond its loss keeps it in."""
-    racing, patient = raced(subject, corpus, z=1e-9), raced(subject, corpus)
-    base, trial = tuple(range(LAYERS)), tuple(reversed(range(LAYERS)))
-    early, whole = racing.differences(base, [trial])[0], patient.differences(base, [trial])[0]
-    first = texts_of(corpus)[0]
-    on_first = (
-        own_loss(subject.model, trial, first).mean() - own_loss(subject.model, base, first).mean()
-        if (subject.decoder.config.model_type != "gemma3_text")
-        else early
+    """What is worse on the first stage is read no further; a margin, or being better, keeps it in."""
+    worse, better = tuple(range(LAYERS)), tuple(reversed(range(LAYERS)))
+    opening = LayerOrderLosses(
+        subject.decoder, calibration_text(corpus, BUDGET, 0)[:1], worse, z=float("inf"), head_dtype=torch.float32
     )
-    assert early == pytest.approx(on_first, abs=1e-5)
-    assert early != pytest.approx(whole, abs=1e-4)
-    racing.z = 1e9
-    assert racing.differences(base, [trial])[0] == pytest.approx(whole, abs=1e-6)
+    if opening.differences(better, [worse])[0] < 0:
+        worse, better = better, worse
+    racing, patient = raced(subject, corpus, z=1e-9), raced(subject, corpus)
+    first, whole = (losses.differences(better, [worse])[0] for losses in (opening, patient))
+    assert racing.differences(better, [worse])[0] == pytest.approx(first, abs=1e-6)
+    assert first != pytest.approx(whole, abs=1e-4)
+    assert racing.differences(better, [worse], first + 1)[0] == pytest.approx(whole, abs=1e-6)
+    assert racing.differences(worse, [better])[0] == pytest.approx(-whole, abs=1e-6)
 
 
 def test_an_order_without_a_finite_loss_has_lost(corpus):
