@@ -118,7 +118,8 @@ def test_the_table_of_thirteen_methods(layer_shuffle_recovery):
 @claim("LSR-6", "published", on=ORIGINAL)
 def test_the_ranking_of_methods(layer_shuffle_recovery):
     """By tau, swaps and insertions lead, fingerprints follow, and construction by loss comes last."""
-    assert layer_shuffle_recovery.ranking(RANKED) == list(RANKED)
+    found = layer_shuffle_recovery.ranking(RANKED)
+    assert sum(method != told for method, told in zip(found, RANKED, strict=True)) == 0
     assert len(set(layer_shuffle_recovery.tau.values)) == len(RANKED) - 1
 
 

@@ -275,11 +275,8 @@ def test_the_ensemble_places_more_layers_than_its_parts(layer_shuffle_recovery):
 @claim("LSR-20b", "corrected", on=ORIGINAL)
 def test_two_parts_place_more_layers_than_the_ensemble(layer_shuffle_recovery):
     """The ensemble places 10 layers exactly; gains place 12 and statistics 11."""
-    placed = [
-        round(28 * layer_shuffle_recovery.of("position_accuracy", method))
-        for method in ("ensemble_rank", "layernorm_progression", "weight_stats_continuity")
-    ]
-    assert placed == [10, 12, 11]
+    for method, exact in (("ensemble_rank", 10), ("layernorm_progression", 12), ("weight_stats_continuity", 11)):
+        assert round(28 * layer_shuffle_recovery.of("position_accuracy", method)) == exact
 
 
 @claim("LSR-21", "published")
@@ -300,7 +297,7 @@ def test_the_ensembles_errors_are_those_of_one_to_three_parts(layer_shuffle_reco
     """Of the 31 pairs that the ensemble inverts, one part inverts 9, two invert 18, three 4, and all four none."""
     by_parts = sum(layer_shuffle_recovery.inverted(part).astype(int) for part in ENSEMBLE)
     counts = np.bincount(by_parts[layer_shuffle_recovery.inverted("ensemble_rank")], minlength=5)
-    assert list(counts) == [0, 9, 18, 4, 0]
+    assert abs(counts - [0, 9, 18, 4, 0]).max() == 0
 
 
 @claim("LSR-30", "published", on=ORIGINAL)
