@@ -69,16 +69,16 @@ def test_construction_runs_406_layers(layer_shuffle_recovery):
 
     L (L + 1) / 2 candidates and L (L - 1) / 2 pairs.
     """
-    settings, n = layer_shuffle_recovery.settings, layer_shuffle_recovery.n_layers
-    assert settings["greedy_perplexity"]["layer_forwards_stated"] == n * (n + 1) / 2 == 406
-    assert settings["causal_pairwise"]["pairs"] == n * (n - 1) / 2 == 378
+    n = layer_shuffle_recovery.n_layers
+    assert layer_shuffle_recovery.stated("greedy_perplexity")["layer_forwards_stated"] == n * (n + 1) / 2 == 406
+    assert layer_shuffle_recovery.stated("causal_pairwise")["pairs"] == n * (n - 1) / 2 == 378
 
 
 @claim("LSR-28b", "corrected", on=ORIGINAL)
 def test_construction_runs_434_layers(layer_shuffle_recovery):
     """Construction costs 406 candidates and 28 updates of the stream, 434 layers, beside 406 heads that cost more."""
-    settings, n = layer_shuffle_recovery.settings["greedy_perplexity"], layer_shuffle_recovery.n_layers
-    assert settings["layer_forwards_counted"] == n * (n + 1) / 2 + n
+    n = layer_shuffle_recovery.n_layers
+    assert layer_shuffle_recovery.stated("greedy_perplexity")["layer_forwards_counted"] == n * (n + 1) / 2 + n
 
 
 @claim("LSR-28c", "corrected")
@@ -125,7 +125,7 @@ def test_the_configuration_tells_the_parameters_of_a_layer(layer_shuffle_recover
 def test_sizes_of_the_features(layer_shuffle_recovery):
     """Features have 4, 128, 4352 and 16,384 numbers per layer: statistics, spectra, gains, fingerprints."""
     of = layer_shuffle_recovery.settings
-    features, probe = of["weight_features"], of["activation_probe"]
+    features, probe = (layer_shuffle_recovery.stated(part) for part in ("weight_features", "activation_probe"))
     assert len(features["statistics"]) == 4
     assert features["svd_top_k"] * len(features["svd_matrices"]) == 128
     assert 2 * of["hidden_size"] + 2 * of["head_dim"] == 4352
@@ -165,6 +165,6 @@ def test_own_text_is_nearer_to_the_model_than_the_question(layer_shuffle_recover
 @claim("LSR-29c", "published", on=ORIGINAL)
 def test_calibration_text_is_not_padded(layer_shuffle_recovery):
     """No calibration text is padded: the shortest has more than the 256 tokens to which all are cut."""
-    text = layer_shuffle_recovery.settings["calibration"]
+    text = layer_shuffle_recovery.stated("calibration")
     assert text["shortest_text_tokens"] > text["max_tokens"]
     assert text["padding_share"] == 0

@@ -267,7 +267,8 @@ class LayerShuffleRecovery(Record):
         off = (rises - self.neighbour_delta.values[:, None]) * tokens
         n = len(tokens)
         error = np.sqrt(n / (n - 1) * (off**2).sum(1)) / float(tokens.sum())
-        z: np.ndarray = self.neighbour_delta.values / error
+        with np.errstate(divide="ignore", invalid="ignore"):  # prompts that agree to the last digit
+            z: np.ndarray = self.neighbour_delta.values / error
         return z
 
     @cached_property
@@ -291,6 +292,16 @@ class LayerShuffleRecovery(Record):
     def settings(self) -> dict[str, Any]:
         """Settings of the measurement, or of the published run."""
         return dict(self.provenance["settings"])
+
+    def stated(self, section: str) -> dict[str, Any]:
+        """What the source states of one of its parts, e.g. `greedy_perplexity`.
+
+        Raises:
+            NotApplicable: the record is not the source's.
+        """
+        if section not in self.settings:
+            raise NotApplicable(f"the {self.source} record of {self.subject} states nothing of {section}")
+        return dict(self.settings[section])
 
     @property
     def matrix_parameters(self) -> int:
