@@ -85,6 +85,45 @@ def test_single_sites_and_single_layers_agree(record):
     assert float(abs(record.removed_damage).min()) > NOTHING
 
 
+def plain_losses(model, record, corpus):
+    """Loss of each scored text by the model's own forward [prompt]."""
+    texts = {text.id: text for text in corpus.texts}
+    found = []
+    for prompt in record.data["prompt_id"].values:
+        ids = torch.tensor([texts[str(prompt)].prompt_ids + texts[str(prompt)].completion_ids])
+        first = len(texts[str(prompt)].prompt_ids)
+        logits = model(ids, use_cache=False).logits[0, first - 1 : -1]
+        found.append(float(torch.nn.functional.cross_entropy(logits, ids[0, first:])))
+    return found
+
+
+def test_losses_equal_those_of_a_model_whose_modules_are_exchanged():
+    """Layer 3 without its two norms, and PyTorch's own layer norm everywhere, put into the model by hand."""
+    model, corpus = tiny("llama"), random_corpus(LENGTHS)
+    record = record_of(model, replace(BUDGET, training=None), corpus)
+    block, own = model.model.layers[3], dict(model.model.layers[3].named_children())
+    block.input_layernorm = block.post_attention_layernorm = torch.nn.Identity()
+    found = record.variable("layer_norm_removed_loss").sel(layer=3)
+    np.testing.assert_allclose(found, plain_losses(model, record, corpus), rtol=1e-4)
+    block.input_layernorm = own["input_layernorm"]
+    found = record.variable("site_norm_removed_loss").sel(layer=3, site="pre_mlp")
+    np.testing.assert_allclose(found, plain_losses(model, record, corpus), rtol=1e-4)
+    block.post_attention_layernorm = own["post_attention_layernorm"]
+
+    def layer_norm(norm):
+        made = torch.nn.LayerNorm(32, eps=norm.variance_epsilon, bias=False)
+        made.weight.data.copy_(norm.weight)
+        return made
+
+    for layer in model.model.layers:
+        layer.input_layernorm = layer_norm(layer.input_layernorm)
+        layer.post_attention_layernorm = layer_norm(layer.post_attention_layernorm)
+    model.model.norm = layer_norm(model.model.norm)
+    with torch.no_grad():
+        by_hand = plain_losses(model, record, corpus)
+    np.testing.assert_allclose(record.variable("replacement_loss").sel(variant="layer_norm"), by_hand, rtol=1e-4)
+
+
 def test_head_norms_of_models_that_have_none():
     record = record_of(tiny("llama"), replace(BUDGET, training=None, sites_separately=False, removals=("identity",)))
     assert record.loss_of("layer_norm_all") == record.loss_of("layer_norm")
