@@ -8,4 +8,7 @@ class UserError(Exception):
 
 
 class NotApplicable(Exception):
-    """A claim asks for something its record does not hold; the message says what and why."""
+    """A claim asks for something that its record does not hold, or an experiment for something that its subject lacks.
+
+    The message says what and why.
+    """

@@ -7,12 +7,10 @@ is held for the whole measurement, so that a second worker waits and then reads.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,42 +95,3 @@ class Store:
                 shutil.rmtree(shards, ignore_errors=True)
             with xr.open_dataset(path, engine="scipy") as stored:
                 return stored.load()
-
-
-@cache
-def source_digest(module: str) -> str:
-    """Digest of a lab module's source together with every lab module it imports, however deep.
-
-    Imports inside functions count too, so an experiment is tied to the instruments that it loads
-    only when it measures.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(_sources(_file(module))):
-        digest.update(path.relative_to(paths.REPOSITORY).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _sources(start: Path | None) -> set[Path]:
-    found: set[Path] = set()
-    waiting = [start] if start else []
-    while waiting:
-        path = waiting.pop()
-        if path not in found:
-            found.add(path)
-            waiting += [file for name in _imports(path) if (file := _file(name))]
-    return found
-
-
-def _imports(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.split(".")[0] == "lab"}
-
-
-def _file(module: str) -> Path | None:
-    base = paths.REPOSITORY.joinpath(*module.split("."))
-    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -11,24 +13,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import Qwen3Config, Qwen3Model
 
 from lab import published
 from lab.architectures import ace_step, oobleck, shapes
 from lab.architectures.shapes import Shapes
 from lab.experiments.architectures.acestep_v15 import AceStep
 
-pytestmark = pytest.mark.calibration
-
-pytest.importorskip("diffusers", reason="install the extra `audio` to hold the closed forms against diffusers")
-
-from diffusers import AceStepTransformer1DModel, AutoencoderOobleck  # noqa: E402
-from diffusers.models.transformers.ace_step_transformer import _create_4d_mask  # noqa: E402
-from diffusers.pipelines.ace_step import modeling_ace_step as modules  # noqa: E402
-from diffusers.pipelines.ace_step.pipeline_ace_step import AceStepPipeline  # noqa: E402
+pytestmark = [
+    pytest.mark.calibration,
+    pytest.mark.skipif(
+        find_spec("diffusers") is None, reason="install the extra `audio` to hold the closed forms against diffusers"
+    ),
+]
 
 few = settings(max_examples=6, deadline=None)
 SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def diffusers(module: str) -> Any:
+    """A module of diffusers, imported when a test needs it: collection would take seconds longer."""
+    return import_module(f"diffusers.{module}")
 
 
 def record() -> AceStep:
@@ -49,8 +53,9 @@ def build(kind: type, config: dict[str, Any], device: str = "cpu") -> Any:
 
 def parts(config: dict[str, Any], device: str = "meta") -> dict[str, nn.Module]:
     """The modules of the file that holds the DiT, under the names that they have there."""
+    modules = diffusers("pipelines.ace_step.modeling_ace_step")
     return {
-        "decoder": build(AceStepTransformer1DModel, config, device),
+        "decoder": build(diffusers("models").AceStepTransformer1DModel, config, device),
         "encoder": build(modules.AceStepConditionEncoder, config, device),
         "tokenizer": build(modules.AceStepAudioTokenizer, config, device),
         "detokenizer": build(modules.AceStepAudioTokenDetokenizer, config, device),
@@ -113,6 +118,8 @@ def test_the_published_components_have_the_modules_shapes():
 
 @pytest.mark.parametrize("role", ["lm", "text_embedder"])
 def test_language_models_are_qwen3(role):
+    from transformers import Qwen3Config, Qwen3Model
+
     config = dict(record().config(role))
     with torch.device("meta"):
         model = Qwen3Model(Qwen3Config(**{k: v for k, v in config.items() if k not in ("architectures", "dtype")}))
@@ -149,7 +156,7 @@ def oobleck_configs(draw: st.DrawFn) -> dict[str, Any]:
 def test_autoencoder_is_the_module(config, more):
     """Tensors by name and shape, and the lengths that the module's convolutions give, without memory."""
     samples = 2 * oobleck.downsampling(config) + more  # a latent or two at the least
-    module = build(AutoencoderOobleck, config, "meta")
+    module = build(diffusers("models").AutoencoderOobleck, config, "meta")
     assert oobleck.autoencoder(config) == {n: tuple(p.shape) for n, p in module.named_parameters()}
     audio = torch.zeros(1, config["audio_channels"], samples, device="meta")
     latents = module.encode(audio).latent_dist.mode()
@@ -170,7 +177,9 @@ def test_round_trip_of_the_published_autoencoder(count):
 
 def test_ten_seconds_through_the_published_autoencoder():
     config = dict(record().config("vae"))
-    module = build(AutoencoderOobleck, {k: v for k, v in config.items() if not k.startswith("_")}, "meta")
+    module = build(
+        diffusers("models").AutoencoderOobleck, {k: v for k, v in config.items() if not k.startswith("_")}, "meta"
+    )
     assert oobleck.autoencoder(config) == {n: tuple(p.shape) for n, p in module.named_parameters()}
     stated = record().variable("vae_shape_check")
     latents = module.encode(torch.zeros(*stated[0].values.tolist(), device="meta")).latent_dist.mode()
@@ -274,9 +283,9 @@ def test_the_pooling_token_is_used():
 
 
 def test_encoders_slide_in_every_other_layer():
-    found = record()
+    found, encoders = record(), diffusers("pipelines.ace_step.modeling_ace_step")
     for name in ("lyric_encoder", "timbre_encoder"):
-        stack = getattr(build(modules.AceStepConditionEncoder, dict(found.config("dit")), "meta"), name)
+        stack = getattr(build(encoders.AceStepConditionEncoder, dict(found.config("dit")), "meta"), name)
         types = stack._layer_types[: len(stack.layers)]  # the DiT's whole list, of which a layer takes its own entry
         assert types.count(SLIDING) == found.sliding_layers(name)
         assert types[0] == SLIDING
@@ -285,7 +294,8 @@ def test_encoders_slide_in_every_other_layer():
 @given(length=st.integers(1, 24), window=st.integers(0, 30))
 @few
 def test_band_of_the_mask(length, window):
-    mask = _create_4d_mask(length, torch.float32, torch.device("cpu"), None, window, True, False)[0, 0] == 0
+    transformer = diffusers("models.transformers.ace_step_transformer")
+    mask = transformer._create_4d_mask(length, torch.float32, torch.device("cpu"), None, window, True, False)[0, 0] == 0
     assert mask.sum(1).tolist() == shapes.band(length, window)
     assert torch.equal(mask, mask.T)
 
@@ -302,5 +312,6 @@ def test_the_quantizer_knows_every_code():
 
 
 def test_the_sampler_takes_eight_steps():
-    default = inspect.signature(AceStepPipeline.__call__).parameters["num_inference_steps"].default
+    pipeline = diffusers("pipelines.ace_step.pipeline_ace_step")
+    default = inspect.signature(pipeline.AceStepPipeline.__call__).parameters["num_inference_steps"].default
     assert default == flow("sampler_default_steps")

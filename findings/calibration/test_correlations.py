@@ -24,6 +24,7 @@ PROFILES = st.lists(st.floats(-5, 5), min_size=5, max_size=20)
 def test_holm_is_the_textbook_example():
     """0.01, 0.02, 0.03, 0.04: times 4, 3, 2, 1, never falling."""
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1, 1])
 
 

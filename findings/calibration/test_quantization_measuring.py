@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from lab.errors import NotApplicable, UserError
 from lab.experiments.systems.measuring.quantization_weights import expected_gigabytes
@@ -131,6 +132,37 @@ def test_weights_on_a_grid_bar_claims_about_full_precision():
     with pytest.raises(NotApplicable, match="a grid that it shares"):
         gridded.require_free_weights("gguf_q4_1")
     gridded.require_free_weights("rtn_3", "gguf_q8_0")
+
+
+def of_rises(rises, tokens) -> Quantization:
+    """A record of one method whose loss rises by these amounts on texts of so many tokens."""
+    losses = {
+        "method_baseline_loss": ("method_prompt", np.ones(len(rises))),
+        "method_loss": (("method", "method_prompt"), 1 + np.array([rises])),
+        "method_scored_tokens": ("method_prompt", np.array(tokens)),
+    }
+    data = xr.Dataset(losses, {"method": ["rtn_8"]})
+    return Quantization(data.assign_attrs(subject="tiny", source="measured", condition="quick"))
+
+
+def test_the_interval_of_a_damage_is_students_formula_on_equal_texts():
+    rises = np.random.default_rng(0).normal(0.002, 0.01, 30)
+    half_width = of_rises(rises, np.full(30, 20)).method_half_width("rtn_8")
+    assert half_width == pytest.approx(1.96 * rises.std(ddof=1) / np.sqrt(30))
+
+
+def test_the_interval_of_a_damage_is_the_bootstraps_on_unequal_texts():
+    generator = np.random.default_rng(1)
+    record = of_rises(generator.normal(0.002, 0.01, 60), generator.integers(5, 60, 60))
+    low, high = np.percentile([each.method_damage("rtn_8") for each in record.resamples], (2.5, 97.5))
+    assert record.method_half_width("rtn_8") == pytest.approx((high - low) / 2, rel=0.1)
+
+
+def test_a_limit_that_the_texts_do_not_resolve_bars_the_claim():
+    record = of_rises([0.0, 0.02, -0.02, 0.01], [20] * 4)
+    record.require_resolved(0.02, "rtn_8")
+    with pytest.raises(NotApplicable, match=r"known within 0.017 nat on tiny, which does not resolve 0.005"):
+        record.require_resolved(0.005, "rtn_8")
 
 
 def test_missing_libraries_are_named(monkeypatch):

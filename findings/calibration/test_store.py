@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from lab import store
-from lab.store import Store, Sweep, source_digest
+from lab.store import Store, Sweep
 
 pytestmark = pytest.mark.calibration
 
@@ -148,32 +147,3 @@ def test_a_sweep_without_a_folder_keeps_nothing():
     count = iter(range(2))
     sweep = Sweep()
     assert [int(sweep.shard("same", lambda: {"x": np.array(next(count))})["x"]) for _ in range(2)] == [0, 1]
-
-
-@pytest.fixture
-def sources(tmp_path, monkeypatch):
-    """A small lab: experiment -> (inside a function) instrument -> base; and a module that nobody imports."""
-    texts = {
-        "experiment": "def measure():\n    from lab.instrument import run\n",
-        "instrument": "import lab.base\n",
-        "base": "x = 1\n",
-        "bystander": "y = 1\n",
-    }
-    (tmp_path / "lab").mkdir()
-    for name, text in texts.items():
-        (tmp_path / "lab" / f"{name}.py").write_text(text)
-    monkeypatch.setattr(store.paths, "REPOSITORY", tmp_path)
-    source_digest.cache_clear()
-    yield tmp_path / "lab"
-    source_digest.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("module", "counts"), [("experiment", True), ("instrument", True), ("base", True), ("bystander", False)]
-)
-def test_a_records_key_follows_the_source_of_its_instruments(sources, module, counts):
-    before = source_digest("lab.experiment")
-    with open(sources / f"{module}.py", "a") as file:
-        file.write("z = 2\n")
-    source_digest.cache_clear()
-    assert (source_digest("lab.experiment") != before) == counts

@@ -9,7 +9,8 @@ import numpy as np
 
 from fixtures.claims import claim
 from lab.experiments.layers.weight_spectra import MATRICES
-from lab.statistics.depth import best_split, explained_by_split, holm, welch_p_value, zone_shift_p_value
+from lab.statistics.correlations import holm
+from lab.statistics.depth import best_split, explained_by_split, welch_p_value, zone_shift_p_value
 from lab.statistics.permutation import lag_one_autocorrelation
 
 ORIGINAL = "qwen3-4b-instruct-2507"

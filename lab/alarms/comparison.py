@@ -16,10 +16,11 @@ import xarray as xr
 
 from lab import experiments
 from lab.alarms.trial import Trial
+from lab.code_digest import code_digest
 from lab.snapshots import drift, numbers
 from lab.snapshots.drift import Move
 from lab.snapshots.labels import Numbers
-from lab.store import Store, Sweep, source_digest
+from lab.store import Store, Sweep
 
 LIBRARIES = ("torch", "transformers", "numpy")
 PLAIN = "plain"  #: of trials that nothing was varied in
@@ -56,7 +57,7 @@ def kept(
         "corpus": trial.corpus.digest,
         "budget": dataclasses.asdict(trial.budgets[name]),
         "libraries": dict(libraries or own),
-        "source": [source_digest(each) for each in (experiments.modules()[name], module) if each],
+        "source": [code_digest(each) for each in (experiments.modules()[name], module) if each],
     }
     store = Store()
     if parts["libraries"] != own and not store.path(f"{name}.trial", parts).exists():

@@ -44,6 +44,7 @@ class Experiment:
         budgets: settings per budget name (`quick`, `full`); plain dataclasses, part of the store's key.
         tolerances: per variable of the summary; `""` is the default.
         data: files besides the corpus that `measure` reads; part of the store's key.
+        libraries: whose versions its numbers depend on, besides torch, transformers and numpy; part of the store's key.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Experiment:
     budgets: Mapping[str, Any]
     tolerances: Mapping[str, Tolerance]
     data: tuple[Path, ...] = ()
+    libraries: tuple[str, ...] = ()
 
     def tolerance(self, variable: str) -> Tolerance:
         """The tolerance of a variable."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lab.errors import UserError
+from lab.errors import NotApplicable
 from lab.residual.executor import Variant
 from lab.residual.programs import Program, Step
 from lab.subjects.anatomy import Decoder
@@ -31,7 +31,7 @@ def matrices(layer: nn.Module) -> dict[str, nn.Linear]:
     """The linear maps of a decoder layer by their paths inside it, in the layer's own order.
 
     Raises:
-        UserError: the layer has none, or keeps weights in another form (stacked experts, transposed maps).
+        NotApplicable: the layer has none, or keeps weights in another form (stacked experts, transposed maps).
     """
     found = {path: module for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
     covered = {id(module.weight) for module in found.values()}
@@ -40,7 +40,7 @@ def matrices(layer: nn.Module) -> dict[str, nn.Linear]:
     ]
     if not found or others:
         what = f"keeps {others[0]} in another form" if others else "has no linear maps"
-        raise UserError(f"a decoder layer {what}; only layers of plain linear maps can be quantized here")
+        raise NotApplicable(f"a decoder layer {what}; only layers of plain linear maps can be quantized here")
     return found
 
 
@@ -83,7 +83,7 @@ class Workshop:
         for index, layer in enumerate(decoder.layers):
             here = tuple(dict.fromkeys(label(path) for path in matrices(layer)))
             if here != self.types:
-                raise UserError(f"layer {index} has the matrices {here}, layer 0 {self.types}; they must be alike")
+                raise NotApplicable(f"layer {index} has the matrices {here}, layer 0 {self.types}; they must be alike")
 
     def all(self, weight_map: WeightMap) -> Plan:
         """The plan that treats every matrix alike."""

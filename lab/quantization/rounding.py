@@ -18,7 +18,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from lab.errors import UserError
+from lab.errors import NotApplicable, UserError
 
 SMALLEST_AMAX = 1e-8  #: a group of zeros keeps a finite scale
 GAUSSIAN_WEIGHTS = 2**20  #: sample size of the error law: its own relative error is below 0.3 %
@@ -163,12 +163,12 @@ def largest_group(columns: set[int], sizes: tuple[int, ...]) -> int:
     """The largest of these group sizes that divides every row length.
 
     Raises:
-        UserError: none does.
+        NotApplicable: none does.
     """
     fitting = [size for size in sizes if all(length % size == 0 for length in columns)]
     if not fitting:
         lengths = ", ".join(map(str, sorted(columns)))
-        raise UserError(f"no group size of {sizes} divides rows of {lengths} weights; this model cannot be rounded")
+        raise NotApplicable(f"no group size of {sizes} divides rows of {lengths} weights; this model cannot be rounded")
     return max(fitting)
 
 

@@ -95,6 +95,30 @@ class WholeModels(Record):
             raise NotApplicable(f"the {self.source} record of {self.subject} holds no {method}")
         return float(self.method_damages[self.methods.index(method)])
 
+    def method_half_width(self, method: str) -> float | None:
+        """Half the width of the paired 95 % interval of a method's damage [nat/token]; None where nothing was sampled.
+
+        1.96 sqrt(n / (n - 1) sum_r w_r^2 (d_r - d)^2) / sum_r w_r over texts r of w_r tokens: the delta method's
+        error of a ratio (Cochran 1977, eq. 6.13), with texts as units, since tokens of a text are correlated.
+        """
+        if "method_prompt" not in self.sampling_sizes:
+            return None
+        losses = self.variable("method_loss").isel(method=self.methods.index(method))
+        rises = (losses - self.variable("method_baseline_loss")).values
+        tokens = self.variable("method_scored_tokens").values
+        around = tokens * (rises - rises @ tokens / tokens.sum())
+        return float(1.96 * np.sqrt(len(rises) / (len(rises) - 1) * (around @ around)) / tokens.sum())
+
+    def require_resolved(self, limit: float, *methods: str) -> None:
+        """Raise NotApplicable if a damage of `limit` [nat/token] cannot be told from none on as many texts."""
+        for method in methods:
+            half_width = self.method_half_width(method)
+            if half_width is not None and half_width > limit:
+                raise NotApplicable(
+                    f"the loss under {method} is known within {half_width:.2g} nat on {self.subject}, "
+                    f"which does not resolve {limit:.2g}; measure more texts (--budget full)"
+                )
+
     def method_delta_perplexity(self, method: str) -> float:
         """The same as a rise of the perplexity."""
         return float(np.exp(self._method_baseline) * np.expm1(self.method_damage(method)))

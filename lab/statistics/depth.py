@@ -6,7 +6,7 @@ a profile's autocorrelation, and leaving out each layer in turn shows which one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
@@ -46,16 +46,6 @@ def correlation_shift_p_value(x: Profile, y: Profile, correlate: Callable[[Profi
 def _share_reached(given: float, null: np.ndarray) -> float:
     # The shift by nothing is one of them, so the share is never 0.
     return float((null >= given - 1e-12).mean())
-
-
-def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """p-values of a family of tests adjusted by Holm's step-down method [m] -> [m]."""
-    given = np.asarray(p_values, dtype=float)
-    order = np.argsort(given)
-    stepped = np.minimum(1, np.maximum.accumulate(given[order] * np.arange(len(given), 0, -1)))
-    adjusted = np.empty_like(stepped)
-    adjusted[order] = stepped
-    return adjusted
 
 
 def best_split(profile: Profile, shortest: int = 2) -> tuple[int, float]:

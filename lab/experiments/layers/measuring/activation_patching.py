@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lab.corpora.batches import TokenBatch, TokenText, token_batches
 from lab.corpora.minimal_pairs import TokenPair, load_minimal_pairs, tokenised
-from lab.errors import UserError
+from lab.errors import NotApplicable, UserError
 from lab.experiments.layers.activation_patching import FAMILIES, Budget
 from lab.records import variable
 from lab.residual.executor import Edit, Executor
@@ -48,7 +48,9 @@ def measure(subject: LoadedSubject, budget: Budget, sweep: Sweep) -> xr.Dataset:
     solved = _solved(subject.decoder, pairs, budget, sweep)
     chosen = [pair for family in FAMILIES for pair in _members(solved, family)[: budget.pairs]]
     if not chosen:
-        raise UserError(f"{subject.facts.name} solves none of the {len(pairs)} minimal pairs; nothing can be patched")
+        raise NotApplicable(
+            f"{subject.facts.name} solves none of the {len(pairs)} minimal pairs; nothing can be patched"
+        )
     groups = list(_groups(chosen, budget.batch_tokens))
     parts, done = [], 0
     for index, group in enumerate(groups):

@@ -15,7 +15,7 @@ from torch import Tensor
 from lab.corpora.batches import TokenBatch, TokenText, token_batches
 from lab.corpora.contrastive_groups import CONTRASTS, PREFIXES, TRUTHS, WORDS, load_contrastive_groups
 from lab.corpora.contrastive_tokens import ContrastivePair, TokenGroups, tokenised
-from lab.errors import UserError
+from lab.errors import NotApplicable, UserError
 from lab.experiments.layers.contrastive_trajectories import FEWEST_ROWS_OF_CKA, Budget
 from lab.memory import keep_freed_memory
 from lab.records import variable
@@ -135,7 +135,7 @@ class Layout:
 def measured(decoder: Decoder, layout: Layout, budget: Budget, sweep: Sweep) -> xr.Dataset:
     """Trajectories of all pairs: geometry at every slot, read-outs after every layer."""
     if not layout.families or not all(layout.style_counts):
-        raise UserError("this tokenizer leaves no contrastive families or no style entries to compare")
+        raise NotApplicable("this tokenizer leaves no contrastive families or no style entries to compare")
     states = states_at(decoder, layout, budget.batch_tokens, sweep)
     _require_finite(states)
     lens = PairLens(decoder, DTYPES[budget.head_dtype])
