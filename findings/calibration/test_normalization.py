@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lab.corpora.batches import TokenText, token_batches
-from lab.errors import UserError
+from lab.errors import NotApplicable, UserError
 from lab.normalization import moments
 from lab.normalization.constants import later_tokens, median_rms, pooled_statistics, running_statistics
 from lab.normalization.replacements import (
@@ -95,7 +95,7 @@ def test_the_token_axis_of_head_norms(architecture, axis):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "cohere"])
 def test_models_without_rms_norms_are_refused(architecture):
-    with pytest.raises(UserError, match=r"no RMSNorm|T-15 studies"):
+    with pytest.raises(NotApplicable, match=r"no RMSNorm|T-15 studies"):
         norms_of(Decoder(tiny(architecture)))
 
 

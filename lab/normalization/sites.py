@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lab.errors import UserError
+from lab.errors import NotApplicable
 from lab.subjects.anatomy import Decoder, hidden_of, split_call
 
 PRE = ("pre_attention", "pre_mlp")
@@ -90,7 +90,7 @@ def norms_of(decoder: Decoder) -> Norms:
     """The norms of a decoder, found by watching a few tokens pass through each layer.
 
     Raises:
-        UserError: a layer is not built of norms around attention and MLP, or its norms are no RMSNorms.
+        NotApplicable: a layer is not built of norms around attention and MLP, or its norms are no RMSNorms.
     """
     tokens = _token_count(decoder)
     ids = torch.arange(1, tokens + 1, device=decoder.device).remainder(decoder.config.vocab_size)[None]
@@ -102,11 +102,11 @@ def norms_of(decoder: Decoder) -> Norms:
             state = hidden_of(layer(state, *args, **kwargs))
         found = {**_block_norms(layer, index, calls), **_head_norms(layer, index, calls, tokens)}
         if not found:
-            raise UserError(f"layer {index} of {_name(decoder)} has no norm; T-15 studies what norms do")
+            raise NotApplicable(f"layer {index} of {_name(decoder)} has no norm; T-15 studies what norms do")
         layers.append(found)
     different = [index for index, found in enumerate(layers) if list(found) != list(layers[0])]
     if different:
-        raise UserError(f"layers 0 and {different[0]} of {_name(decoder)} have norms in different places")
+        raise NotApplicable(f"layers 0 and {different[0]} of {_name(decoder)} have norms in different places")
     return Norms(tuple(layers), _checked(decoder.final_norm, FINAL, decoder.n_layers, "", 1))
 
 
@@ -164,7 +164,7 @@ def _block_norms(layer: nn.Module, index: int, calls: Sequence[_Call]) -> dict[s
     own = [call for call in calls if "." not in call.path]
     sublayers = [call.path for call in own if not _is_norm(call) and any(True for _ in call.module.parameters())]
     if len(sublayers) != 2:
-        raise UserError(
+        raise NotApplicable(
             f"layer {index} runs {', '.join(sublayers) or 'no sublayer'}; T-15 studies layers of attention and MLP"
         )
     kinds = dict(zip(sublayers, SUBLAYERS, strict=True))
@@ -178,7 +178,7 @@ def _block_norms(layer: nn.Module, index: int, calls: Sequence[_Call]) -> dict[s
         else:
             role = f"pre_{next((kinds[later.path] for later in own[place:] if later.path in kinds), 'nothing')}"
         if role in found or role == "pre_nothing":
-            raise UserError(f"layer {index} has a norm, {call.path}, that is neither before nor after a sublayer")
+            raise NotApplicable(f"layer {index} has a norm, {call.path}, that is neither before nor after a sublayer")
         found[role] = _checked(call.module, role, index, call.path, 1)
     return found
 
@@ -190,7 +190,7 @@ def _head_norms(layer: nn.Module, index: int, calls: Sequence[_Call], tokens: in
         return {}
     if len(inner) != 2:
         names = ", ".join(call.path for call in inner)
-        raise UserError(f"layer {index} norms inside its sublayers with {names}; T-15 knows a query and a key norm")
+        raise NotApplicable(f"layer {index} norms inside its sublayers with {names}; T-15 knows a query and a key norm")
     return {
         role: _checked(call.module, role, index, call.path, list(call.given.shape).index(tokens, 1))
         for role, call in zip(HEADS, inner, strict=True)
@@ -203,12 +203,12 @@ def _checked(module: nn.Module, role: str, layer: int, path: str, token_axis: in
     parameters = list(module.parameters())
     eps = next((float(getattr(module, name)) for name in EPS_NAMES if hasattr(module, name)), None)
     if len(parameters) != 1 or eps is None:
-        raise UserError(f"the {role} norm ({type(module).__name__}) is no RMSNorm, which is what T-15 replaces")
+        raise NotApplicable(f"the {role} norm ({type(module).__name__}) is no RMSNorm, which is what T-15 replaces")
     device, width = parameters[0].device, parameters[0].shape[0]
     wide = copy.deepcopy(module).float()
     gain: Tensor = wide(torch.ones(1, 1, width, device=device))[0, 0] * (1 + eps) ** 0.5
     probe = torch.linspace(-1, 2, width, device=device).expand(1, 1, width)
     expected = gain * probe * torch.rsqrt(probe.square().mean(-1, keepdim=True) + eps)
     if float((wide(probe) - expected).abs().max()) > AGREEMENT * float(expected.abs().max().clamp(min=1e-6)):
-        raise UserError(f"the {role} norm ({type(module).__name__}) is no RMSNorm, which is what T-15 replaces")
+        raise NotApplicable(f"the {role} norm ({type(module).__name__}) is no RMSNorm, which is what T-15 replaces")
     return Norm(role, layer, path, gain.clone(), eps, token_axis)

@@ -292,7 +292,8 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     """Replace norms of the whole model, of single layers and of attention heads; watch what they see.
 
     Raises:
-        UserError: the model's norms are no RMSNorms around attention and MLP, or the corpus is too small.
+        NotApplicable: the model's norms are no RMSNorms around attention and MLP.
+        UserError: the corpus is too small.
     """
     from lab.experiments.surgery.measuring import normalization
 
