@@ -14,7 +14,7 @@ from lab.report import drawing
 RISE = "rise of the loss [nat/token]"
 #: rise of the loss over that of a uniform guess
 SHARE = "damage fraction [1]"
-#: swaps in the figure, from what changes least to what is left
+#: swaps in the figure, by what they change: eps, mean, gain, axis, statistics, everything
 SWAPS = (
     "rms_norm_eps_10",
     "layer_norm",
@@ -35,7 +35,7 @@ def figure(records: Sequence[Normalization]) -> Figure:
     """Swaps everywhere; one layer without norms, and with a constant scale; the stream and its means."""
     layout = [["swaps", "swaps"], ["removed", "frozen"], ["pooled", "token"], ["means", "outputs"]]
     drawn, panels = drawing.mosaic(layout)
-    drawing.bars(panels["swaps"], records, _swaps, x_label="norms of the whole model replaced by", label=SHARE)
+    drawing.bars(panels["swaps"], records, _swaps, x_label="replacement of all norms, by family", label=SHARE)
     drawing.set_scale(panels["swaps"], "symlog", 0.01)
     drawing.reference(panels["swaps"], 1, "uniform guess")
     panels["swaps"].set_title(f"Swaps without training; bars at {OVERFLOW:.0f} overflow or go beyond")
