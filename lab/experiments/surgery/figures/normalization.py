@@ -45,7 +45,6 @@ def figure(records: Sequence[Normalization]) -> Figure:
     ):
         drawing.depth_profiles(panels[name], records, quantity, label=RISE, scale="symlog", linear_below=0.1)
         panels[name].set_title(title)
-    panels["frozen"].sharey(panels["removed"])
     for name, quantity, title, label in (
         ("pooled", "layer_output_std", "Residual stream, all elements", "standard deviation [1]"),
         ("token", "layer_output_token_rms", "Residual stream, median token", "root mean square [1]"),
@@ -72,13 +71,12 @@ def describe(records: Sequence[Normalization]) -> str:
 
 
 def _swaps(record: Normalization) -> xr.DataArray:
-    """Damage fractions of the swaps that a record has [swap]."""
+    """Damage fractions of the swaps [swap]; NaN, which leaves a gap, where the record has none."""
+    shares = {name: record.damage_fraction(name) for name in SWAPS if name in record.variants}
     # The published layer norm, which takes query and key norms along, stands for the one that does not.
-    held = [name for name in SWAPS if name in record.variants or name == "layer_norm"]
-    shares = {name: record.damage_fraction(name) for name in held if name != "layer_norm"}
     shares["layer_norm"] = record.fraction(record.layer_norm_damage)
-    values = [float(np.clip(shares[name], -1, OVERFLOW)) for name in held]
-    return xr.DataArray(values, {"swap": held}, ("swap",))
+    values = np.clip([shares.get(name, np.nan) for name in SWAPS], -1, OVERFLOW)
+    return xr.DataArray(values, {"swap": list(SWAPS)}, ("swap",))
 
 
 def _seen(record: Normalization) -> str:
