@@ -46,34 +46,34 @@ def setting(norm_type, width, length, device, dtype):
 
 
 @pytest.fixture(scope="module")
-def medians():
-    """Median time of each norm that has run [s]."""
+def least():
+    """Least time of each norm that has run [s]: what else runs can only add to it."""
     return {}
 
 
-def compare_with_identity(medians, norm_type, benchmark):
+def compare_with_identity(least, norm_type, benchmark):
     """Doing nothing must take least: else what is timed is something else."""
-    medians[norm_type] = benchmark.stats.stats.median
-    if len(medians) > 1 and "identity" in medians:
-        assert medians["identity"] == min(medians.values())
+    least[norm_type] = benchmark.stats.stats.min
+    if len(least) > 1 and "identity" in least:
+        assert least["identity"] == min(least.values())
 
 
 @cpu_benchmark
 @pytest.mark.parametrize("norm_type", ON_CPU)
-def test_norm_on_a_cpu(benchmark, medians, norm_type):
+def test_norm_on_a_cpu(benchmark, least, norm_type):
     call, x = setting(norm_type, CPU_WIDTH, CPU_LENGTH, "cpu", torch.float32)
     benchmark.pedantic(both_ways, (call, x), rounds=50, warmup_rounds=10)
-    compare_with_identity(medians, norm_type, benchmark)
+    compare_with_identity(least, norm_type, benchmark)
 
 
 @pytest.mark.gpu
 @gpu_benchmark
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
-def test_norm_on_a_gpu(benchmark, medians, norm_type):
+def test_norm_on_a_gpu(benchmark, least, norm_type):
     module, x = setting(norm_type, GPU_WIDTH, GPU_LENGTH, "cuda", torch.bfloat16)
     call = torch.compile(module) if norm_type == "rms_norm_compiled" else module
     benchmark.pedantic(both_ways, (call, x), rounds=50, warmup_rounds=30)
-    compare_with_identity(medians, norm_type, benchmark)
+    compare_with_identity(least, norm_type, benchmark)
 
 
 @pytest.mark.gpu
