@@ -1,0 +1,1 @@
+"""Figures of the surgery experiments, one module each: `figure(records)` and `describe(records)`."""
