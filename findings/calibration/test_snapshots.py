@@ -8,12 +8,12 @@ import pytest
 import xarray as xr
 
 from fixtures.snapshots import Snapshots
-from lab import experiments
+from lab import experiments, files
 from lab.errors import UserError
 from lab.experiments import Experiment, Tolerance
 from lab.records import Record, variable
-from lab.snapshots import drift, numbers, provenance
-from lab.snapshots.addresses import Address, load, natural
+from lab.snapshots import drift, form, numbers, provenance
+from lab.snapshots.addresses import Address, all_addresses, load, natural
 from lab.snapshots.labels import labels, spans
 
 pytestmark = pytest.mark.calibration
@@ -244,6 +244,11 @@ def test_damaged_snapshots_are_one_line(tmp_path, text):
         load(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_every_committed_snapshot_is_of_the_form():
+    found = {address: form.fault(files.read_json(address.path, "snapshot")) for address in all_addresses()}
+    assert set(found.values()) == {None}, found
 
 
 def test_numbers_in_ids_count_as_numbers():

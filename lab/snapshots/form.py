@@ -18,7 +18,7 @@ def fault(content: Any) -> str | None:
         entries = content.get(name, {})
         if not isinstance(entries, dict):
             return name
-        wrong = _wrong_entry(entries)
+        wrong = _wrong_entry(entries, aligned=name == "numbers")
         if wrong is not None:
             return f"{name} ({wrong})"
     verdicts = content.get("verdicts", {})
@@ -34,14 +34,17 @@ def fault(content: Any) -> str | None:
     return None
 
 
-def _wrong_entry(entries: Mapping[str, Any]) -> str | None:
-    """The first variable that is not whole, or labels a dimension otherwise than one before it."""
+def _wrong_entry(entries: Mapping[str, Any], aligned: bool) -> str | None:
+    """The first variable that is not whole or, where they are to be aligned, labels a dimension otherwise than another.
+
+    Aligning variables with other labels would fill the gaps with NaN.
+    """
     labels: dict[str, list[Any]] = {}
     for name, entry in entries.items():
         if not (isinstance(entry, dict) and _is_variable(entry)):
             return name
         for dim, values in entry["coords"].items():
-            if labels.setdefault(dim, values) != values:
+            if aligned and labels.setdefault(dim, values) != values:
                 return f"{name}, which labels {dim} otherwise"
     return None
 
@@ -67,14 +70,21 @@ def _is_value(value: Any) -> bool:
     return value is None or isinstance(value, (str, bool)) or _is_number(value)
 
 
+def _is_simple(value: Any, depth: int = 3) -> bool:
+    """A value, or lists of values, so many deep."""
+    if isinstance(value, list):
+        return depth > 0 and all(_is_simple(part, depth - 1) for part in value)
+    return _is_value(value)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not (isinstance(value, int) and abs(value) >= LARGEST)
 
 
 def _is_verdict(entry: Any) -> bool:
-    """Verdict in words; what was measured and needed in words or numbers, support a number or null."""
+    """Verdict in words; what was measured and needed in words, numbers or lists of them, support a number or null."""
     if not (isinstance(entry, dict) and isinstance(entry.get("verdict"), str)):
         return False
     support = entry.get("support")
-    simple = all(value is None or isinstance(value, (str, bool)) or _is_number(value) for value in entry.values())
+    simple = all(map(_is_simple, entry.values()))
     return simple and (support is None or (_is_number(support) and not isinstance(support, bool)))

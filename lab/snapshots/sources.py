@@ -19,7 +19,7 @@ WORKTREE = "WORKTREE"
 VERDICTS = "file of verdicts"
 KINDS = "a file of verdicts, a folder of snapshots, WORKTREE, or a git revision"
 
-VALUE = str | int | float | None
+VALUE = (str, int, float, list, type(None))
 
 Contents = dict[Address, dict[str, Any]]
 
