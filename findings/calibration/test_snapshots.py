@@ -50,6 +50,25 @@ def test_moves_within_tolerance_are_none():
     assert moves(record(1.0), record(1.49, layers=(1.009, 2.019))) == []
 
 
+def test_numbers_belong_to_labels_in_whatever_order():
+    """Categories come in the order of the prompts: another order is no drift, another number at a label is."""
+    names, values = ["a", "b", "c"], [1.0, 2.0, 3.0]
+
+    def numbers_of(order, changed=0.0):
+        found = {"unit": "nat", "dims": ["category"], "coords": {"category": [names[i] for i in order]}}
+        return {
+            "experiment": "unknown",
+            "numbers": {"loss": found | {"values": [values[i] + changed * (i == 1) for i in order]}},
+        }
+
+    assert drift.moves(numbers_of((0, 1, 2)), numbers_of((2, 0, 1))) == []
+    (move,) = drift.moves(numbers_of((0, 1, 2)), numbers_of((2, 0, 1), changed=0.5))
+    assert move.name() == "loss[category=b]"
+    twice = numbers_of((0, 1, 2))
+    twice["numbers"]["loss"]["coords"]["category"] = ["a", "a", "c"]
+    assert drift.is_of_form(drift.moves(numbers_of((0, 1, 2)), twice)[0])
+
+
 def test_a_move_says_where_from_to_percent_and_share_of_the_tolerance():
     assert moves(record(1.0), record(1.6, layers=(1.0, 2.5))) == [
         "layer_loss[layer=1]: 2 -> 2.5 nat/token (+25.00%, 25 x the tolerance)",

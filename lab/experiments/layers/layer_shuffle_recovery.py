@@ -377,9 +377,10 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
 
 # A quarter of an hour of an AVX2 core on SmolLM2, where the source's searches, a forward pass per trial, would take 16
 # hours for one run. Reduced are: text (92 tokens decide, 38 about what is hopeless), so that neighbours which cost
-# little to exchange may stay exchanged, and a tau of exactly 1 has little support; annealing, to 60 proposals; sweeps and
-# insertions, to one pass and 3 positions, which the errors of a bad seed outlive. Nothing starts from a random order:
-# a few passes from there could reach no high tau whatever the loss said. An interval over three runs is their range.
+# little to exchange may stay exchanged, and a tau of exactly 1 has little support; annealing, to 60 proposals; sweeps
+# and insertions, to one pass and 3 positions, which the errors of a bad seed outlive. Nothing starts from a random
+# order: a few passes from there could reach no high tau whatever the loss said. An interval over three runs is their
+# range.
 QUICK = Budget(
     seeds=3,
     stages=((2, 20), (2, 28)),
