@@ -299,7 +299,7 @@ def test_without_any_snapshot_the_atlas_says_so(shelf: Path) -> None:
         (lambda text: "", "is empty"),
         (lambda text: text.replace('"numbers"', '"figures"'), "has no numbers"),
         (lambda text: text.replace('"X-1.1b": {"verdict": "holds"', '"X-1.1b": {"verdict": "maybe"'), "maybe"),
-        (lambda text: text.replace('"coords": {"layer": [0, 1, ', '"coords": {"layer": ['), "do not fit together"),
+        (lambda text: text.replace('"coords": {"layer": [0, 1, ', '"coords": {"layer": ['), "has no proper numbers ("),
         (lambda text: text.replace('"subject": "smollm2', '"subject": "smollm3'), "smollm3"),
     ],
     ids=["truncated", "empty", "no numbers", "unknown verdict", "wrong shape", "another subject"],

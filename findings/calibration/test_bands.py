@@ -46,6 +46,7 @@ def test_a_band_is_the_bootstrap_interval_of_the_mean():
 def test_a_snapshot_gives_back_numbers_and_bands(monkeypatch):
     toy = Experiment("X-1", "Toy", "?", Sampled, None, {}, {"": Tolerance(0.01, 0, "exact")})
     monkeypatch.setattr(experiments, "experiment", lambda name: toy)
+    monkeypatch.setattr(experiments, "modules", lambda: {"toy": "toy"})
     found = sampled()
     again = numbers.to_record(numbers.parse(numbers.dump(numbers.of_record(found))))
     assert (again.subject, again.source, again.condition) == ("tiny", "measured", "quick-bfloat16")
