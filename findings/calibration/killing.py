@@ -167,10 +167,9 @@ def read_answers(folder: Path) -> State:
 
 def content(turn: int) -> dict[str, object]:
     values = [float(turn % 2)] * 2000
-    return {
-        "subject": "tiny",
-        "numbers": {"loss": {"dims": ["n"], "coords": {"n": list(range(2000))}, "values": values}},
-    }
+    loss = {"unit": "nat", "dims": ["n"], "coords": {"n": list(range(2000))}, "values": values}
+    named = {"experiment": "toy", "subject": "tiny", "condition": "quick-bfloat16", "provenance": {}}
+    return {**named, "numbers": {"loss": loss}}
 
 
 def record(folder: Path, turn: int) -> None:
