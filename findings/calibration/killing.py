@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from tqdm import tqdm
 
 from fixtures.snapshots import Snapshots
 from lab import files
@@ -45,6 +47,8 @@ from lab.subjects.catalog import facts_of_model
 from lab.subjects.tiny import loaded, random_corpus, tiny
 from lab.subjects.tiny_gguf import random_tensors, write_gguf
 from lab.subjects.uncatalogued import named_model
+
+HUNG = 120  #: seconds after which work that takes less than one has hung
 
 #: what a reader finds: name -> digest of the content
 State = dict[str, str]
@@ -235,7 +239,15 @@ def fork(work: Work, folder: Path, turn: int) -> int:
 def seconds_of(work: Work, folder: Path, turn: int) -> float:
     """Do a round to its end and say how long it took; raises if it fails."""
     started = time.perf_counter()
-    _, status = os.waitpid(fork(work, folder, turn), 0)
+    child = fork(work, folder, turn)
+    ended, status = os.waitpid(child, os.WNOHANG)
+    while not ended:
+        if time.perf_counter() - started > HUNG:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise AssertionError(f"round {turn} hung after an earlier one was killed")
+        time.sleep(0.001)
+        ended, status = os.waitpid(child, os.WNOHANG)
     if status:
         ended = os.waitstatus_to_exitcode(status)
         raise AssertionError(f"round {turn} ended with {ended} though nothing killed it")
@@ -259,6 +271,8 @@ def imported(work: Work, folder: Path) -> None:
     """Do the work in this process once, so that its children need not import what it takes."""
     torch.set_num_threads(1)  # a process forked beside other threads may hang
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # tqdm's own lock is shared between forked processes: one that is killed while it draws would lock out all others
+    tqdm.set_lock(threading.RLock())
     folder.mkdir(parents=True)
     work.prepare(folder)
     work.do(folder, 0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lab import published
 from lab.corpora.batches import TokenText, token_batches
-from lab.errors import UserError
+from lab.errors import NotApplicable
 from lab.experiments.systems.measuring.quantization_methods import methods
 from lab.experiments.systems.quantization import Quantization
 from lab.quantization import recipes
@@ -163,11 +163,11 @@ def test_groups_do_not_influence_each_other():
 
 
 def test_groups_must_fit_into_rows():
-    with pytest.raises(UserError, match="groups of 128 weights do not fit into rows of 576"):
+    with pytest.raises(NotApplicable, match="groups of 128 weights do not fit into rows of 576"):
         Rounding(4, 128)(torch.zeros(2, 576))
     assert largest_group({576, 1536}, (128, 64)) == 64
     assert largest_group({896, 4864}, (128, 64)) == 128
-    with pytest.raises(UserError, match="cannot be rounded"):
+    with pytest.raises(NotApplicable, match="cannot be rounded"):
         largest_group({600}, (128, 64))
 
 
@@ -365,7 +365,7 @@ def test_every_method_runs_and_changes_the_loss():
 
 
 def test_layers_without_linear_maps_are_refused():
-    with pytest.raises(UserError, match="only layers of plain linear maps"):
+    with pytest.raises(NotApplicable, match="only layers of plain linear maps"):
         Workshop(Decoder(tiny("gpt2")))
 
 
