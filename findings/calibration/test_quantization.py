@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lab import published
 from lab.corpora.batches import TokenText, token_batches
-from lab.errors import NotApplicable
+from lab.errors import NotApplicable, UserError
 from lab.experiments.systems.measuring.quantization_methods import methods
 from lab.experiments.systems.quantization import Quantization
 from lab.quantization import recipes
@@ -163,7 +163,7 @@ def test_groups_do_not_influence_each_other():
 
 
 def test_groups_must_fit_into_rows():
-    with pytest.raises(NotApplicable, match="groups of 128 weights do not fit into rows of 576"):
+    with pytest.raises(UserError, match="groups of 128 weights do not fit into rows of 576"):
         Rounding(4, 128)(torch.zeros(2, 576))
     assert largest_group({576, 1536}, (128, 64)) == 64
     assert largest_group({896, 4864}, (128, 64)) == 128
