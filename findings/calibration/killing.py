@@ -25,12 +25,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
 from tqdm import tqdm
 
 from fixtures.snapshots import Snapshots
@@ -219,63 +221,70 @@ WORKS = {
 # ---- killing
 
 
-def fork(work: Work, folder: Path, turn: int) -> int:
-    """Begin a round in a process of its own, and its own group; the process id."""
+def fork(task: Callable[[], object]) -> int:
+    """Begin a task in a process of its own; the process id."""
     sys.stdout.flush()
     child = os.fork()
     if child:
         return child
     try:
-        os.setpgid(0, 0)
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
-        work.do(folder, turn)
+        task()
     except BaseException:
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
 
 
-def seconds_of(work: Work, folder: Path, turn: int) -> float:
-    """Do a round to its end and say how long it took; raises if it fails."""
+def seconds_of(task: Callable[[], object], what: str) -> float:
+    """Do a task to its end, in a process of its own, and say how long it took; raises if it fails."""
     started = time.perf_counter()
-    child = fork(work, folder, turn)
+    child = fork(task)
     ended, status = os.waitpid(child, os.WNOHANG)
     while not ended:
         if time.perf_counter() - started > HUNG:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            raise AssertionError(f"round {turn} hung after an earlier one was killed")
+            raise AssertionError(f"{what} hung")
         time.sleep(0.001)
         ended, status = os.waitpid(child, os.WNOHANG)
     if status:
-        ended = os.waitstatus_to_exitcode(status)
-        raise AssertionError(f"round {turn} ended with {ended} though nothing killed it")
+        raise AssertionError(f"{what} ended with {os.waitstatus_to_exitcode(status)} though nothing killed it")
     return time.perf_counter() - started
 
 
-def killed_after(seconds: float, work: Work, folder: Path, turn: int) -> bool:
-    """Begin a round and kill it; whether it was still at work."""
-    child = fork(work, folder, turn)
+def killed_after(seconds: float, task: Callable[[], object], what: str) -> bool:
+    """Begin a task and kill it; whether it was still at work."""
+    child = fork(task)
     time.sleep(seconds)
     try:
         os.kill(child, signal.SIGKILL)
     finally:
         _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        raise AssertionError(f"round {turn} failed before it was killed")
+        raise AssertionError(f"{what} failed before it was killed")
     return os.WIFSIGNALED(status)
 
 
-def imported(work: Work, folder: Path) -> None:
-    """Do the work in this process once, so that its children need not import what it takes."""
-    torch.set_num_threads(1)  # a process forked beside other threads may hang
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # tqdm's own lock is shared between forked processes: one that is killed while it draws would lock out all others
-    tqdm.set_lock(threading.RLock())
+def import_what_it_takes(work: Work, folder: Path) -> None:
+    """Import the modules of a kind of work, which it would else import again in every child.
+
+    The work itself is never done in this process: a child forked beside threads, or after PyTorch has made its pool
+    of them, may fail or hang, as no process of a user's does.
+    """
     folder.mkdir(parents=True)
-    work.prepare(folder)
-    work.do(folder, 0)
+
+    def learn() -> None:
+        work.prepare(folder)
+        work.do(folder, 0)
+        (folder / "modules").write_text("\n".join(sys.modules))
+
+    seconds_of(learn, "a first round")
+    for name in (folder / "modules").read_text().splitlines():
+        if name not in sys.modules and find_spec(name.partition(".")[0]) is not None:
+            with suppress(ImportError):  # some modules are made, not found
+                import_module(name)
 
 
 def try_to_break(name: str, kills: int, seed: int, root: Path) -> str:
@@ -285,26 +294,27 @@ def try_to_break(name: str, kills: int, seed: int, root: Path) -> str:
         AssertionError: something was lost or half-written, or a later run failed.
     """
     work, moments = WORKS[name], random.Random(f"{name} {seed}")
-    imported(work, root / name / "here")
+    import_what_it_takes(work, root / name / "first")
     alone = []
     for turn in (0, 1):
         folder = root / name / f"alone-{turn}"
         folder.mkdir(parents=True)
-        work.prepare(folder)
-        usual = seconds_of(work, folder, turn)
+        seconds_of(partial(work.prepare, folder), "preparing")
+        usual = seconds_of(partial(work.do, folder, turn), f"round {turn} alone")
         alone.append(work.read(folder))
     folder = root / name / "killed"
     folder.mkdir()
-    work.prepare(folder)
+    seconds_of(partial(work.prepare, folder), "preparing")
     turn = struck = 0
     while struck < kills:
         before, wanted = work.read(folder), work.expected(turn, alone)
-        struck += killed_after(moments.uniform(0, usual), work, folder, turn)
+        task = partial(work.do, folder, turn)
+        struck += killed_after(moments.uniform(0, usual), task, f"round {turn}")
         after = work.read(folder)
         for part in before.keys() | after.keys() | wanted.keys():
             allowed = {before.get(part), wanted.get(part, before.get(part))} | ({None} if work.gap else set())
             assert after.get(part) in allowed, f"{name}, round {turn}: {part} is neither old nor new after a kill"
-        usual = (usual + seconds_of(work, folder, turn)) / 2
+        usual = (usual + seconds_of(task, f"round {turn}")) / 2
         assert work.read(folder) == before | wanted, f"{name}, round {turn}: the next run left something else"
         turn += 1
     return f"{name}: {struck} kills in {turn} rounds of {usual:.2f} s; nothing lost, nothing half-written"
@@ -317,6 +327,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # tqdm's own lock is shared between forked processes: one that is killed while it draws would lock out all others
+    tqdm.set_lock(threading.RLock())
     root = Path(tempfile.mkdtemp(prefix="killing-"))
     try:
         for name in WORKS if given.work == "all" else (given.work,):
