@@ -152,7 +152,8 @@ def train(
     """Make specimens: adapters with a recipe in data/specimens/recipes.toml. Minutes to hours on a CPU."""
     from lab.training import sets
 
-    if checkpoint is not None and len(names) + len(sets.members(names[0])) != 2:
+    named = [one for name in names for one in sets.members(name)]
+    if checkpoint is not None and len(named) != 1:
         raise UserError("--checkpoint writes one model; name one specimen")
     console = Console(soft_wrap=True)
     for path in sets.train(names, device, lambda line: console.print(line, highlight=False, markup=False), again=again):
@@ -160,7 +161,7 @@ def train(
     if checkpoint is not None:
         from lab.training.checkpoints import write_checkpoint
 
-        path = write_checkpoint(sets.members(names[0])[0], checkpoint.absolute())
+        path = write_checkpoint(named[0], checkpoint.absolute())
         console.print(str(path), highlight=False, markup=False)
 
 

@@ -272,7 +272,7 @@ def tried(reader: Reader, path: Path) -> str | None:
         said = str(error)
         one_line = said.strip() and len(said.splitlines()) == 1
         return None if one_line else f"a message of {len(said.splitlines())} lines: {said[:200]!r}"
-    except Exception:
+    except Exception:  # what is looked for: it is reported as a fault
         return traceback.format_exc(limit=-4)
     return None
 

@@ -356,7 +356,7 @@ def test_a_record_is_consistent(record):
 
 
 def test_searches_end_no_higher_than_they_began(record):
-    """On the text that decided, whole since z is wide open here: a descent never rises."""
+    """On the text that decided; a race may give up what more text would have shown to be better, never the reverse."""
     for search in ("pairwise_bubble", "remove_reinsert", "block_descent"):
         assert (record.calibration_loss(search) <= record.calibration_loss("seed") + 0.2).all()
     assert (record.data["annealing_end_loss"] <= record.data["annealing_start_loss"] + 1e-6).all()
@@ -364,7 +364,7 @@ def test_searches_end_no_higher_than_they_began(record):
 
 def test_neighbours_are_exchanged_in_held_out_text(record, subject, corpus):
     if subject.decoder.config.model_type == "gemma3_text":
-        return  # its own forward makes masks by slot, so that layers cannot be exchanged in the model itself
+        pytest.skip("its own forward makes masks by slot, so that layers cannot be exchanged in the model itself")
     for neighbour, prompt in ((0, 0), (3, 2)):
         ids = list(plain_text(corpus.texts[prompt], BUDGET.heldout_tokens).ids)
         swapped = list(range(LAYERS))

@@ -14,7 +14,7 @@ from typing import Any
 
 from lab.architectures.shapes import Shape, Shapes
 from lab.errors import UserError
-from lab.subjects.configuration import read_config, safetensors_of
+from lab.subjects.configuration import read_config, safetensors_of, tensor_headers
 
 INDEX = "model.safetensors.index.json"
 
@@ -83,19 +83,10 @@ def digest(*parts: Any) -> str:
 
 
 def _of_file(file: Path) -> dict[str, Header]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        # Opening maps the file and checks that names, offsets and length fit; a tensor is read only when asked for.
-        with safe_open(file, framework="numpy") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-            return {
-                name: Header(tuple(found.get_shape()), DTYPES.get(found.get_dtype(), found.get_dtype()), file.name)
-                for name, found in slices.items()
-            }
-    except (SafetensorError, OSError, ValueError) as error:
-        what = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{file} is not a whole safetensors file ({what}); fetch or save it again") from error
+    return {
+        name: Header(shape, DTYPES.get(dtype, dtype), file.name)
+        for name, (shape, dtype) in tensor_headers(file).items()
+    }
 
 
 def _check_index(index: Path, found: Mapping[str, Header]) -> None:

@@ -25,7 +25,7 @@ from lab.corpora.batches import TokenBatch
 from lab.errors import UserError
 from lab.residual.executor import Edit, Executor
 from lab.residual.programs import Program, Step, order
-from lab.residual.readouts import ACCELERATOR_CHUNK_LOGITS, CPU_CHUNK_LOGITS, MIN_CHUNK_ROWS
+from lab.residual.readouts import rows_at_a_time
 from lab.residual.tree import layer_applications, prefix_tree
 from lab.statistics.order_search import Order
 from lab.subjects.anatomy import Decoder
@@ -37,8 +37,7 @@ class TokenLosses:
     def __init__(self, decoder: Decoder, batch: TokenBatch, head_dtype: torch.dtype):
         batch = batch.to(decoder.device)
         self.decoder, self.scored, self.head_dtype = decoder, batch.scored, head_dtype
-        logits = CPU_CHUNK_LOGITS if decoder.device.type == "cpu" else ACCELERATOR_CHUNK_LOGITS
-        self.rows = max(MIN_CHUNK_ROWS, logits // decoder.vocabulary)
+        self.rows = rows_at_a_time(decoder)
 
     @torch.no_grad()
     def __call__(self, states: Tensor) -> dict[str, Tensor]:

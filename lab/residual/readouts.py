@@ -60,7 +60,7 @@ class CompletionLoss:
         self.positions = Positions(*(part.to(decoder.device) for part in (scored.row, scored.position, scored.target)))
         self.n_rows = len(batch.lengths)
         self.head_dtype = head_dtype
-        self.chunk_rows = chunk_rows or _rows_at_a_time(decoder)
+        self.chunk_rows = chunk_rows or rows_at_a_time(decoder)
         self.target_probability = target_probability
         self.reference = None if reference is None else self._scored(reference[None])[0]
 
@@ -108,7 +108,8 @@ def log_softmax_(logits: Tensor) -> Tensor:
     return logits
 
 
-def _rows_at_a_time(decoder: Decoder) -> int:
+def rows_at_a_time(decoder: Decoder) -> int:
+    """Rows of logits that a readout holds at once: fewer the larger the vocabulary, many on an accelerator."""
     logits = CPU_CHUNK_LOGITS if decoder.device.type == "cpu" else ACCELERATOR_CHUNK_LOGITS
     return max(MIN_CHUNK_ROWS, logits // decoder.vocabulary)
 

@@ -74,12 +74,22 @@ def _named_in(index: Path) -> list[str]:
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a safetensors file, from its header; no tensor is read."""
+    return {name: shape for name, (shape, _) in tensor_headers(file).items()}
+
+
+def tensor_headers(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype (safetensors' name of it, `BF16`) of every tensor of a file.
+
+    Raises:
+        UserError: the file is damaged or truncated.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        # Opening checks that names, offsets and the file's length fit each other.
+        # Opening checks that names, offsets and the file's length fit each other; a tensor is read when asked for.
         with safe_open(file, framework="numpy") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+            return {name: (tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         what = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{file} is not a whole safetensors file ({what}); fetch or save it again") from error

@@ -22,9 +22,9 @@ def write_checkpoint(one: Recipe, folder: Path) -> Path:
     if folder.exists():
         raise UserError(f"{folder} is there already; remove it or choose another folder")
     names = [one.name] if one.base is None else [one.base, one.name]
-    wanting = [name for name in names if specimens.problem(recipe(name)) is not None]
-    if wanting:
-        raise UserError(f"the adapter {wanting[0]} is not here; make it with `python -m lab train {wanting[0]}`")
+    for name in names:
+        if (found := specimens.problem(recipe(name))) is not None:
+            raise UserError(f"the adapter {name} {found}; make it with `python -m lab train {name}`")
     return save_merged(load(facts(one.subject), "bfloat16"), names, folder)
 
 

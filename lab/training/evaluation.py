@@ -11,10 +11,9 @@ from torch import Tensor
 from lab.corpora.batches import Positions, TokenText, token_batches
 from lab.corpora.exercises import Exercise
 from lab.errors import UserError
+from lab.residual.readouts import rows_at_a_time
 from lab.store import Arrays
 from lab.subjects.anatomy import Decoder
-
-CHUNK = 256  #: rows of logits at a time
 
 
 @torch.no_grad()
@@ -49,8 +48,8 @@ def _logits(decoder: Decoder, ids: Tensor, scored: Positions) -> Iterator[tuple[
     """Logits [c, V] and targets [c], a chunk at a time."""
     hidden = decoder.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     chosen = hidden[scored.row, scored.position]
-    head = decoder.unembedding
-    for rows, target in zip(torch.split(chosen, CHUNK), torch.split(scored.target, CHUNK), strict=True):
+    head, count = decoder.unembedding, rows_at_a_time(decoder)
+    for rows, target in zip(torch.split(chosen, count), torch.split(scored.target, count), strict=True):
         yield head.logits(rows, torch.float32), target
 
 
