@@ -356,9 +356,9 @@ def test_a_record_is_consistent(record):
 
 
 def test_searches_end_no_higher_than_they_began(record):
-    """On the text that decided; a race may give up what more text would have shown to be better, never the reverse."""
+    """On the text that decided a descent never rises, but for float32 sums in batches of other sizes."""
     for search in ("pairwise_bubble", "remove_reinsert", "block_descent"):
-        assert (record.calibration_loss(search) <= record.calibration_loss("seed") + 0.2).all()
+        assert (record.calibration_loss(search) <= record.calibration_loss("seed") + 1e-4).all()
     assert (record.data["annealing_end_loss"] <= record.data["annealing_start_loss"] + 1e-6).all()
 
 
