@@ -13,7 +13,7 @@ ATLAS = $(BIN)/python -m lab report --output $(RESULTS)/atlas
 WRITE_RESULTS = --verdicts $(RESULTS)/verdicts.json --drift $(RESULTS)/drift.json \
 	--summary $(RESULTS)/summary.md --junitxml $(RESULTS)/junit.xml
 
-.PHONY: findings test gpu atlas lint bench alarms faults fuzz install clean
+.PHONY: findings test gpu atlas lint bench peers alarms faults fuzz install clean
 
 # Audit every claim on the published figures and measure the subjects; verdict table and atlas are the result.
 findings: $(INSTALLED)
@@ -43,6 +43,13 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m lab fetch smollm2-135m-instruct
 	$(BIN)/pytest findings -m benchmark --benchmark-only --benchmark-columns=min,mean,rounds
+
+# The core instruments against TransformerLens, nnsight, weightwatcher and others: their numbers, then their times.
+peers: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,audio,peers]"
+	$(BIN)/python -m lab fetch smollm2-135m-instruct
+	$(BIN)/pytest findings/calibration/test_peers.py $(OPTIONS)
+	$(BIN)/pytest findings/calibration/test_bench_peers.py -m benchmark --benchmark-columns=min,mean,rounds $(OPTIONS)
 
 # Whether the drift gate cries wolf or sleeps, tried at length; OPTIONS=--snapshot-update records what is found.
 alarms: $(INSTALLED)

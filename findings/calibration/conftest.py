@@ -1,12 +1,16 @@
-"""A toy suite in a folder of its own: one experiment of three layers, two subjects, no model."""
+"""A toy suite in a folder of its own: one experiment of three layers, two subjects, no model; and the peers."""
 
 import inspect
 import json
+import os
+import subprocess
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
 
+import numpy as np
 import pytest
 
 from lab import experiments, published
@@ -238,3 +242,26 @@ def suite(imported, pytester, monkeypatch, tmp_path) -> Suite:
     yield Suite(pytester)
     experiments.experiment.cache_clear()
     published._document.cache_clear()
+
+
+PEERS = Path(__file__).with_name("peers.py")
+
+
+@pytest.fixture(scope="session")
+def ask(tmp_path_factory):
+    """Asks an implementation that is not ours for its numbers, or skips: `peers.py` says what is asked and answered."""
+
+    def answer(peer: str, request: dict) -> dict[str, np.ndarray]:
+        if find_spec(peer) is None:
+            pytest.skip(f"{peer} is not installed: pip install -c constraints.txt -e .[peers]")
+        folder = tmp_path_factory.mktemp(peer)
+        (folder / "request.json").write_text(json.dumps(request))
+        run = subprocess.run(
+            [sys.executable, PEERS, peer, folder / "request.json", folder / "answer.npz"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=folder, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        with np.load(folder / "answer.npz") as arrays:
+            return dict(arrays)
+
+    return answer
