@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lab import experiments
 from lab.architectures.checkpoints import ARCHITECTURES
@@ -30,7 +30,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small Llama as `save_pretrained` writes it, and an empty cache of our own."""
     monkeypatch.setenv("DL_FINDINGS_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        "llama",
         vocab_size=48,
         hidden_size=32,
         intermediate_size=40,
@@ -40,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tie_word_embeddings=False,
     )
     path = tmp_path / "My_Llama v1"
-    LlamaForCausalLM(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     vocabulary = {f"w{index}": index for index in range(48)}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "w0"))).save_pretrained(path)
     return path
