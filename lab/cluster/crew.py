@@ -245,6 +245,8 @@ def _connect(ray: Any, address: str, cpus: int) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):
             if address == LOCAL:
+                # They do this process' work while it waits; Ray would have them yield to all others, by 15.
+                os.environ.setdefault("RAY_worker_niceness", "0")
                 gpus = torch.cuda.device_count()
                 own = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": LOCAL_OBJECT_STORE}
                 ray.init(address=LOCAL, **own, **quiet | {"include_dashboard": False})
