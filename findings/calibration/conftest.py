@@ -238,3 +238,9 @@ def suite(imported, pytester, monkeypatch, tmp_path) -> Suite:
     yield Suite(pytester)
     experiments.experiment.cache_clear()
     published._document.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def losses() -> dict:
+    """What each way of a benchmark found, nat/token, to be compared when both have run."""
+    return {}

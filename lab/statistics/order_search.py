@@ -16,10 +16,12 @@ import numpy as np
 Order = tuple[int, ...]
 #: an order made from another by moving what stands at certain positions
 Move = Callable[[Order], Order]
+#: two neighbouring blocks: where the first starts, how many items it has, how many the second
+Span = tuple[int, int, int]
 
 EPSILON = 1e-6  #: an improvement counts from here on, as published
 #: trials handed over together: few where the next may be accepted, for what is ahead of it then was tried in vain
-SMALLEST_WINDOW, LARGEST_WINDOW = 4, 64
+SMALLEST_WINDOW, LARGEST_WINDOW = 2, 64
 
 
 class Losses(Protocol):
@@ -193,8 +195,10 @@ def block_descent(losses: Losses, order: Order, *, largest_block: int = 3, round
     """Exchanges of neighbouring blocks: of single items first, of up to three where those no longer help.
 
     All exchanges of one kind are tried at once. Of those that lower the loss, the ones that do not overlap are made
-    together, the most helpful first, if that is better than the most helpful alone. Exchanging blocks of one and r
-    moves an item by r; blocks of two or three undo what single items cannot, where two runs of layers are interleaved.
+    together, the most helpful first, if that is better than the most helpful alone. What was tried is tried again only
+    where it, or an item beside it, has changed since; the search ends where nothing is left to try. Exchanging blocks
+    of one and r moves an item by r; blocks of two or three undo what single items cannot, where two runs of layers are
+    interleaved.
 
     Args:
         losses: of orders.
@@ -203,26 +207,39 @@ def block_descent(losses: Losses, order: Order, *, largest_block: int = 3, round
         rounds: exchanges of several blocks at once, at most.
     """
     n, size = len(order), 1
+    tried: set[tuple[Span, Order]] = set()
     for _ in range(rounds):
-        spans = [
-            (start, first, second)
-            for first in range(1, size + 1)
-            for second in range(1, size + 1)
-            if max(first, second) == size
-            for start in range(n - first - second + 1)
-        ]
-        after = _exchange_blocks(losses, order, spans)
+        spans = {span: (span, _surroundings(order, span)) for span in _spans(n, size)}
+        left = [span for span, what in spans.items() if what not in tried]
+        tried.update(spans.values())
+        after = _exchange_blocks(losses, order, left)
         if after != order:
             order, size = after, 1
-        elif size >= min(largest_block, n - 1):
-            break
-        else:
+        elif size < min(largest_block, n - 1):
             size += 1
+        else:
+            break
     return order
 
 
-def _exchange_blocks(losses: Losses, order: Order, spans: Sequence[tuple[int, int, int]]) -> Order:
-    """The order after the most helpful of these exchanges (start, first, second), or after several; else as it was."""
+def _spans(n: int, size: int) -> list[Span]:
+    """Neighbouring blocks among n items, the larger of which has `size`."""
+    return [
+        (start, first, second)
+        for first in range(1, size + 1)
+        for second in range(1, size + 1)
+        if max(first, second) == size
+        for start in range(n - first - second + 1)
+    ]
+
+
+def _surroundings(order: Order, span: Span) -> Order:
+    """What stands in two neighbouring blocks, and beside them."""
+    return order[max(0, span[0] - 1) : sum(span) + 1]
+
+
+def _exchange_blocks(losses: Losses, order: Order, spans: Sequence[Span]) -> Order:
+    """The order after the most helpful of these exchanges, or after several; else as it was."""
     if not spans:
         return order
     trials = [blocks_exchanged(*span)(order) for span in spans]
@@ -241,5 +258,5 @@ def _exchange_blocks(losses: Losses, order: Order, spans: Sequence[tuple[int, in
     return together if both < differences[chosen[0]] else trials[chosen[0]]
 
 
-def _apart(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+def _apart(one: Span, other: Span) -> bool:
     return sum(one) <= other[0] or sum(other) <= one[0]
