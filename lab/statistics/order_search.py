@@ -197,9 +197,10 @@ def block_descent(losses: Losses, order: Order, *, largest_block: int = 3, round
     """Exchanges of neighbouring blocks: of single items first, of up to three where those no longer help.
 
     All exchanges of one kind are tried at once. Of those that lower the loss, the ones that do not overlap are made
-    together, the most helpful first, if that is better than the most helpful alone. From then on what was exchanged in
-    vain is left out, until nothing else helps; then all are tried once more. Exchanging blocks of one and r moves an
-    item by r; blocks of two or three undo what single items cannot, where two runs of layers are interleaved.
+    together, the most helpful first, if that is better than the most helpful alone. What was exchanged in vain is left
+    out from then on, but for single items: before larger blocks are tried, all neighbours have been tried in the order
+    as it is. Exchanging blocks of one and r moves an item by r; blocks of two or three undo what single items cannot,
+    where two runs of layers are interleaved.
 
     Args:
         losses: of orders.
@@ -216,8 +217,8 @@ def block_descent(losses: Losses, order: Order, *, largest_block: int = 3, round
         if helpful:
             in_vain |= {_blocks(order, span)[::-1] for span in helpful}  # to undo them
             order, size = _together(losses, order, helpful), 1
-        elif len(spans) < len(_spans(n, size)):
-            in_vain.clear()
+        elif size == 1 and len(spans) < n - 1:
+            in_vain = {blocks for blocks in in_vain if len(blocks[0]) + len(blocks[1]) > 2}
         elif size < min(largest_block, n - 1):
             size += 1
         else:
