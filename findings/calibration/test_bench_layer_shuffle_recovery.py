@@ -22,7 +22,7 @@ from lab.residual.plain import layers_exchanged, token_losses
 from lab.statistics import order_search
 from lab.statistics.orders import kendall_tau
 
-pytestmark = pytest.mark.benchmark(group="order of SmolLM2's layers by the loss of 64 tokens")
+pytestmark = pytest.mark.benchmark(group="order of SmolLM2's layers by the loss of 50 tokens")
 
 SEARCHES = {
     "swaps": lambda losses, start: order_search.bubble(losses, start, sweeps=1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from lab.corpora.batches import TokenText
 
 
 @contextmanager
-def layers_exchanged(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
+def layers_exchanged(model: Any, layers: Sequence[int]) -> Iterator[None]:
     """The model itself runs these of its layers, in this order; then its own again."""
     inner, config = model.model, model.config
     kept, types = inner.layers, getattr(config, "layer_types", None)
