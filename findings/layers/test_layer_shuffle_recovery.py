@@ -39,6 +39,13 @@ RANKED = (
 )
 
 
+def require_published(record, **settings):
+    """What a search leaves wrong can be held against it where it was given as much as the source gave it."""
+    for name, published in settings.items():
+        if record.settings.get(name, published) < published:
+            not_applicable(f"{name}: {record.settings[name]} here, {published} in the source")
+
+
 def test_layer_shuffle_recovery_matches_snapshot(layer_shuffle_recovery, snapshot):
     assert layer_shuffle_recovery == snapshot
 
@@ -81,12 +88,14 @@ def test_what_swaps_leave_wrong_is_a_failure_of_the_search(layer_shuffle_recover
 @claim("LSR-2", "published")
 def test_insertions_recover_the_order_perfectly(layer_shuffle_recovery):
     """Taking layers out and putting them in elsewhere recovers the order perfectly, too."""
+    require_published(layer_shuffle_recovery, reinsertion_passes=3)
     assert layer_shuffle_recovery.of("kendall_tau", "remove_reinsert") == 1
 
 
 @claim("LSR-2b", "corrected")
 def test_insertions_recover_the_order_from_a_good_seed(layer_shuffle_recovery):
     """From a seed of tau 0.9 or better, insertions reach 0.95 in every run."""
+    require_published(layer_shuffle_recovery, reinsertion_passes=3)
     assert layer_shuffle_recovery.from_good_seeds("remove_reinsert", 0.9).min() >= 0.95
 
 
@@ -187,6 +196,7 @@ def test_annealing_ends_worse_than_it_began(layer_shuffle_recovery):
 
     0.783 after 0.974. Mean over runs; it depends on the temperature, the text, and how good the seed was.
     """
+    require_published(layer_shuffle_recovery, proposals=1500)
     ended = layer_shuffle_recovery.of("kendall_tau", "simulated_annealing")
     assert ended < layer_shuffle_recovery.seed_tau.mean()
 
