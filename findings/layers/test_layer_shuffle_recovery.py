@@ -219,6 +219,9 @@ def test_annealing_ends_at_a_lower_loss(layer_shuffle_recovery):
     decided, LSR-13.
     """
     elsewhere = layer_shuffle_recovery.runs("kendall_tau", "simulated_annealing") != layer_shuffle_recovery.seed_tau
+    if layer_shuffle_recovery.has("annealing_end_loss"):  # another order may have as many inversions
+        began, ended = (layer_shuffle_recovery.variable(f"annealing_{end}_loss") for end in ("start", "end"))
+        elsewhere = elsewhere | (began != ended).values
     if not elsewhere.any():
         not_applicable("annealing returned its seed in every run")
     assert layer_shuffle_recovery.annealing_ended_lower[elsewhere].all()
