@@ -10,8 +10,8 @@ text; two are ours: sorting by norm, the baseline that the direction of every ch
 Losses are those of layer programs: each layer keeps its own mask and rotary embedding wherever it runs.
 
 A run has a shuffle, random input, calibration text and random proposals of its own; methods that read parameters only
-give the same order in every run, but for exact ties. What needs a beginning starts from the chain of lowest loss, in the direction of
-lower loss: a blind choice. (The source started from the chain that was nearest to the truth.)
+give the same order in every run, but for exact ties. What needs a beginning starts from the chain of lowest loss, in
+the direction of lower loss: a blind choice. (The source started from the chain that was nearest to the truth.)
 """
 
 from __future__ import annotations
@@ -286,8 +286,8 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     return layer_shuffle_recovery.measure(subject, corpus, budget, sweep)
 
 
-# Six minutes of an AVX2 core on SmolLM2 (seven with others at work beside it), where the source's searches, a forward
-# pass per trial, would take 16 hours for one run. Reduced are: text (50 tokens decide, 19 about what is hopeless, and
+# Seven minutes of an AVX2 core on SmolLM2, in bad company, where the source's searches, a forward pass per trial, would
+# take 16 hours for one run. Reduced are: text (50 tokens decide, 19 about what is hopeless, and
 # about all that construction and annealing try), so that neighbours which cost little to exchange may stay exchanged,
 # and a tau of exactly 1 has little support; annealing, to 40 proposals; sweeps and insertions, to one pass and 2
 # positions, which the errors of a bad seed outlive; blocks, to two layers. Claims that would judge these bounds do not
