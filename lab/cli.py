@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lab.errors import UserError
 from lab.snapshots.command import drift
-from lab.subjects import weights
+from lab.subjects import fetching, weights
 from lab.subjects.catalog import catalog, facts
 from lab.subjects.facts import Facts, Hub
 from lab.subjects.uncatalogued import named_model
@@ -189,11 +189,11 @@ def _row(subject: Facts) -> tuple[str, ...]:
 
 def _fetch(subject: Facts) -> Path:
     if isinstance(subject.source, Hub):
-        return weights.fetch(subject)  # the hub's client has progress bars of its own
+        return fetching.fetch(subject)  # the hub's client has progress bars of its own
     columns = (SpinnerColumn(), TextColumn("{task.fields[name]}: {task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("looking", total=None, name=subject.name)
-        return weights.fetch(
+        return fetching.fetch(
             subject, lambda done, total, what: progress.update(task, description=what, completed=done, total=total)
         )

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,10 @@ class Store:
             report: progress callback, see `Sweep`.
         """
         path = self.path(experiment, parts)
+        if not fresh:
+            # A record is whole as soon as it is there, and a cache that cannot be written holds no lock.
+            with suppress(FileNotFoundError):
+                return _read(path)
         with files.locked(path):
             shards = path.with_suffix(".shards")
             if fresh:
@@ -93,5 +98,9 @@ class Store:
                 with files.atomic_path(path) as part:
                     dataset.to_netcdf(part, engine="scipy")
                 shutil.rmtree(shards, ignore_errors=True)
-            with xr.open_dataset(path, engine="scipy") as stored:
-                return stored.load()
+            return _read(path)
+
+
+def _read(path: Path) -> xr.Dataset:
+    with xr.open_dataset(path, engine="scipy") as stored:
+        return stored.load()

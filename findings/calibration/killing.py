@@ -44,7 +44,7 @@ from lab.experiments.layers import layer_knockout
 from lab.report import site
 from lab.snapshots import addresses, numbers
 from lab.store import Store
-from lab.subjects import weights
+from lab.subjects import fetching, weights
 from lab.subjects.catalog import facts_of_model
 from lab.subjects.tiny import loaded, random_corpus, tiny
 from lab.subjects.tiny_gguf import random_tensors, write_gguf
@@ -122,7 +122,7 @@ def cache(folder: Path, turn: int) -> patch.dict:  # type: ignore[name-defined, 
 
 def convert(folder: Path, turn: int) -> None:
     with cache(folder, turn):
-        weights.fetch(replace(facts_of_model(folder / "tiny.gguf"), tied=True))
+        fetching.fetch(replace(facts_of_model(folder / "tiny.gguf"), tied=True))
 
 
 def read_models(folder: Path) -> State:

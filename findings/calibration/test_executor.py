@@ -20,8 +20,9 @@ pytestmark = pytest.mark.calibration
 
 N = LAYERS
 KNOCKOUTS = [identity(N), *(skip(N, [layer]) for layer in range(N))]
-#: float32 rounding differs between stackings, and tiny decoders with wide weights amplify it
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+#: float32 rounding differs between stackings and threads, and tiny decoders with wide weights amplify it, to 3e-4 in
+#: qwen3_next; another layer's mask, or rotary tables one position off, move states by 0.4 and more
+CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 
 
 def texts(*lengths: int) -> list[TokenText]:
@@ -171,12 +172,7 @@ class Halved(nn.Module):
 
 EDITS = {"halve": halve, "add": add_first_token}
 BATCH = token_batches(texts(8, 5), 1000)[0]
-GEMMA = Decoder(tiny("gemma3_text"))
-DONOR = Decoder(tiny("gemma3_text", seed=1, sliding_window=2, rope_theta=100.0))
-VARIANTS = {
-    "halved": Variant(Halved(GEMMA.layers[2]), 2),
-    "donor": Variant(DONOR.layers[3], 3, DONOR.capture),
-}
+VARIANTS = ("halved", "donor")
 STEPS = st.builds(
     Step, st.integers(0, N - 1), st.sampled_from([None, None, None, *VARIANTS]), st.sampled_from([None, None, *EDITS])
 )
@@ -184,14 +180,20 @@ EMPTY = st.builds(Step, st.none(), st.none(), st.sampled_from([None, *EDITS]))
 PROGRAMS = st.lists(st.lists(STEPS | EMPTY, max_size=7).map(tuple), min_size=1, max_size=6)
 
 
+@pytest.fixture(scope="module")
+def variants(gemma):
+    donor = Decoder(tiny("gemma3_text", seed=1, sliding_window=2, rope_theta=100.0))
+    return {"halved": Variant(Halved(gemma.layers[2]), 2), "donor": Variant(donor.layers[3], 3, donor.capture)}
+
+
 @settings(max_examples=40, deadline=None)
 @given(programs=PROGRAMS, budget=st.sampled_from([1, 3 * BATCH.ids.numel() * 128, 2**30]), shared=st.booleans())
-def test_random_programs_equal_the_plain_loop(programs, budget, shared):
+def test_random_programs_equal_the_plain_loop(gemma, variants, programs, budget, shared):
     """Any programs, with variants, donors and edits, within any budget, shared or alone."""
-    runner = Executor(GEMMA, variants=VARIANTS, edits=EDITS, budget_bytes=budget, share_prefixes=shared)
+    runner = Executor(gemma, variants=variants, edits=EDITS, budget_bytes=budget, share_prefixes=shared)
     states = final_states(runner, BATCH, programs)
     for program, state in zip(programs, states, strict=True):
-        torch.testing.assert_close(state, naive(GEMMA, BATCH, program, VARIANTS, EDITS), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(state, naive(gemma, BATCH, program, variants, EDITS), **CLOSE)
 
 
 @given(i=st.integers(0, 8), j=st.integers(0, 8))

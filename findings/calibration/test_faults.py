@@ -101,10 +101,11 @@ def test_a_full_disk_leaves_snapshot_and_atlas_as_they_were(small_disk):
     assert sorted(path.name for path in small_disk.iterdir()) == ["atlas", "atlas.lock", "snapshot.json"]
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(small_disk):
+def test_a_cache_that_cannot_be_written_is_read_or_one_line(small_disk):
     store = Store(small_disk / "records")
-    store.record("toy", {"which": "kept"}, lambda sweep: numbers(10))
+    kept = store.record("toy", {"which": "kept"}, lambda sweep: numbers(10))
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    xr.testing.assert_identical(store.record("toy", {"which": "kept"}, lambda sweep: numbers(20)), kept)
     with pytest.raises(UserError, match=r"cannot write .*Read-only file system; .*choose another folder"):
         store.record("toy", {"which": "new"}, lambda sweep: numbers(10))
 

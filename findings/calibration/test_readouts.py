@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -29,12 +30,20 @@ def text(length: int, seed: int) -> TokenText:
 
 
 BATCH = token_batches([text(length, seed) for seed, length in enumerate(LENGTHS)], 1000)[0]
-LLAMA = Decoder(tiny("llama"))
-REFERENCE = Executor(LLAMA).intact(BATCH)
 
 
-def sums(decoder=LLAMA, programs=PROGRAMS, **settings):
-    settings = {"head_dtype": torch.float32} | settings
+@cache
+def llama():
+    return Decoder(tiny("llama"))
+
+
+@cache
+def reference():
+    return Executor(llama()).intact(BATCH)
+
+
+def sums(decoder=None, programs=PROGRAMS, **settings):
+    decoder, settings = decoder or llama(), {"head_dtype": torch.float32} | settings
     return Executor(decoder).run(BATCH, programs, CompletionLoss(decoder, BATCH, **settings))
 
 
@@ -53,9 +62,9 @@ def test_loss_is_the_cross_entropy_of_the_models_logits(architecture):
 
 def test_all_quantities_follow_their_formulas():
     """Every program's sums are the textbook formulas on full distributions, in float64."""
-    read = sums(reference=REFERENCE, target_probability=True)
-    states = Executor(LLAMA).run(BATCH, PROGRAMS, lambda states: {"final": states})["final"]
-    log_p = LLAMA.norm_and_head(states).double().log_softmax(-1)[:, BATCH.scored.row, BATCH.scored.position]
+    read = sums(reference=reference(), target_probability=True)
+    states = Executor(llama()).run(BATCH, PROGRAMS, lambda states: {"final": states})["final"]
+    log_p = llama().norm_and_head(states).double().log_softmax(-1)[:, BATCH.scored.row, BATCH.scored.position]
     log_q = log_p[0]
     target = log_p.gather(-1, BATCH.scored.target.expand(len(PROGRAMS), -1)[..., None])[..., 0]
     expected = {
@@ -74,7 +83,7 @@ def test_all_quantities_follow_their_formulas():
 @pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
 def test_the_intact_model_is_at_no_distance_from_itself(head_dtype):
     """KL is exactly zero and every top token agrees; for every other program KL is positive."""
-    read = sums(reference=REFERENCE, head_dtype=head_dtype)
+    read = sums(reference=reference(), head_dtype=head_dtype)
     assert read["kl"][0].tolist() == [0, 0, 0]
     scored = torch.bincount(BATCH.scored.row).double()
     torch.testing.assert_close(read["agreement"][0], scored, rtol=0, atol=0)
@@ -87,8 +96,8 @@ def test_the_intact_model_is_at_no_distance_from_itself(head_dtype):
 def test_chunks_do_not_matter(chunk_rows, programs):
     """Sums are the same however positions and programs are cut into chunks."""
     chosen = [PROGRAMS[index] for index in programs]
-    small = sums(programs=chosen, reference=REFERENCE, chunk_rows=chunk_rows)
-    large = sums(programs=chosen, reference=REFERENCE, chunk_rows=10_000)
+    small = sums(programs=chosen, reference=reference(), chunk_rows=chunk_rows)
+    large = sums(programs=chosen, reference=reference(), chunk_rows=10_000)
     for name in ("loss", "kl", "agreement"):
         torch.testing.assert_close(small[name], large[name], rtol=1e-5, atol=1e-5)
 
@@ -97,7 +106,7 @@ def test_other_positions_can_be_scored():
     """The first prompt's second token alone; prompts without scored positions have a sum of zero."""
     one = Positions(torch.tensor([0]), torch.tensor([0]), BATCH.ids[0, 1:2])
     loss = sums(programs=PROGRAMS[:1], positions=one)["loss"][0]
-    logits = LLAMA.model(input_ids=BATCH.ids, use_cache=False).logits
+    logits = llama().model(input_ids=BATCH.ids, use_cache=False).logits
     assert loss[0].item() == pytest.approx(F.cross_entropy(logits[0, 0], BATCH.ids[0, 1]).item(), rel=1e-5)
     assert loss[1:].tolist() == [0, 0]
 
@@ -105,14 +114,14 @@ def test_other_positions_can_be_scored():
 def test_no_positions_at_all_give_zeros():
     """A batch in which nothing is scored is no error: sums over nothing are zero."""
     nothing = Positions(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))
-    read = sums(positions=nothing, reference=REFERENCE)
+    read = sums(positions=nothing, reference=reference())
     assert all(values.shape == (len(PROGRAMS), len(LENGTHS)) and not values.any() for values in read.values())
 
 
 def test_bfloat16_head_rounds_logits_only():
     """A bfloat16 head moves a loss by no more than its rounding of logits, and by something."""
     exact, rounded = sums(head_dtype=torch.float32)["loss"], sums(head_dtype=torch.bfloat16)["loss"]
-    largest = float(LLAMA.model(input_ids=BATCH.ids, use_cache=False).logits.abs().max())
+    largest = float(llama().model(input_ids=BATCH.ids, use_cache=False).logits.abs().max())
     scored = len(BATCH.scored)
     assert 0 < (exact - rounded).abs().max() < scored * largest * 2**-6
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lab import published
 from lab.architectures import fish_codec, fish_speech, shapes
@@ -25,11 +25,6 @@ def named(module: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
 
 
-def built(kind: type, config: object) -> Shapes:
-    with torch.device("meta"):
-        return named(kind(config))
-
-
 @st.composite
 def widths(draw: st.DrawFn) -> Widths:
     kv_heads = draw(st.integers(1, 4))
@@ -38,8 +33,9 @@ def widths(draw: st.DrawFn) -> Widths:
     return Widths(4 * heads * draw(small), 24 * draw(small), heads, kv_heads, 8 * draw(small))
 
 
-def decoder_config(kind: type, own: Widths, layers: int, vocabulary: int, tied: bool) -> object:
-    return kind(
+def decoder(kind: str, own: Widths, layers: int, vocabulary: int, *, tied: bool) -> Shapes:
+    config = AutoConfig.for_model(
+        kind,
         hidden_size=own.width,
         intermediate_size=own.mlp_width,
         num_attention_heads=own.heads,
@@ -49,21 +45,23 @@ def decoder_config(kind: type, own: Widths, layers: int, vocabulary: int, tied: 
         vocab_size=vocabulary,
         tie_word_embeddings=tied,
     )
+    with torch.device("meta"):
+        return named(AutoModelForCausalLM.from_config(config))
 
 
-DECODERS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM, True), "llama": (LlamaConfig, LlamaForCausalLM, False)}
+#: model type -> whether it normalizes queries and keys
+DECODERS = {"qwen3": True, "llama": False}
 
 
 # ---- decoders
 
 
-@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize(("kind", "qk_norm"), DECODERS.items())
 @few
 @given(own=widths(), layers=small, vocabulary=st.integers(2, 200), tied=st.booleans())
-def test_a_decoder_owns_the_tensors_of_the_module(kind, own, layers, vocabulary, tied):
+def test_a_decoder_owns_the_tensors_of_the_module(kind, qk_norm, own, layers, vocabulary, tied):
     """Name by name and shape by shape, whatever the sizes: a wrong bias, norm or head count cannot pass."""
-    config, model, qk_norm = DECODERS[kind]
-    found = built(model, decoder_config(config, own, layers, vocabulary, tied))
+    found = decoder(kind, own, layers, vocabulary, tied=tied)
     assert shapes.decoder(own, layers, vocabulary, qk_norm=qk_norm, head=not tied) == found
 
 
@@ -161,8 +159,8 @@ def test_the_stacks_have_the_parameters_of_qwen3_and_llama(config):
     """Packed matrices hold as much as separate ones: 9 tensors a layer against 11."""
     slow, fast = config["text_config"], config["audio_decoder_config"]
     own = fish_speech.widths(slow)
-    qwen3 = built(Qwen3ForCausalLM, decoder_config(Qwen3Config, own, slow["n_layer"], slow["vocab_size"], True))
-    llama = built(LlamaForCausalLM, decoder_config(LlamaConfig, own, fast["n_layer"], fast["vocab_size"], False))
+    qwen3 = decoder("qwen3", own, slow["n_layer"], slow["vocab_size"], tied=True)
+    llama = decoder("llama", own, fast["n_layer"], fast["vocab_size"], tied=False)
     table = fast["num_codebooks"] * fast["vocab_size"] * own.width
     assert shapes.parameters(fish_speech.slow_ar(config)) == shapes.parameters(qwen3)
     assert shapes.parameters(fish_speech.fast_ar(config)) == shapes.parameters(llama) + table
@@ -188,8 +186,8 @@ def test_the_published_stacks_as_modules():
     record = published_fish()
     slow, fast = record.slow, record.fast
     own = fish_speech.widths(slow)
-    qwen3 = built(Qwen3ForCausalLM, decoder_config(Qwen3Config, own, 36, slow["vocab_size"], True))
-    llama = built(LlamaForCausalLM, decoder_config(LlamaConfig, own, 4, fast["vocab_size"], False))
+    qwen3 = decoder("qwen3", own, 36, slow["vocab_size"], tied=True)
+    llama = decoder("llama", own, 4, fast["vocab_size"], tied=False)
     assert (shapes.parameters(qwen3), len(qwen3)) == (4_032_298_496, 398)
     assert record.qwen3_parameters == 4_032_298_496
     assert shapes.parameters(llama) == record.llama_parameters == 424_696_320

@@ -19,8 +19,9 @@ from lab.errors import NotApplicable, UserError
 from lab.experiments.surgery.measuring import spectral_peft as measuring
 from lab.experiments.surgery.spectral_peft import EXPERIMENT, Budget, Run, SpectralPeft, runs
 from lab.store import Sweep
+from lab.subjects import catalog, fetching, weights
 from lab.subjects.configuration import facts_of_folder
-from lab.subjects.facts import Local
+from lab.subjects.facts import Adapted, Local
 from lab.subjects.loading import load
 from lab.subjects.tiny import loaded, random_corpus, tiny
 from lab.training import answers, making, rates, recipes, sets, specimens
@@ -186,6 +187,40 @@ def test_greedy_answers_do_not_depend_on_their_neighbours():
     together = answers.greedy(model, byte_tokenizer(), prompts, 6)
     assert together == [answers.greedy(model, byte_tokenizer(), [prompt], 6)[0] for prompt in prompts]
     assert len(set(together)) > 1
+
+
+@pytest.fixture
+def sibling(workshop, tmp_path, monkeypatch):
+    """A catalogued subject that is a tiny model with a specimen merged into it."""
+    path = tmp_path / "tiny"
+    subject().model.save_pretrained(path)
+    subject().tokenizer.save_pretrained(path)
+    base = facts_of_folder(path, Local(path), "tiny")
+    monkeypatch.setitem(catalog.catalog(), "tiny", base)
+    return replace(base, name="sibling", source=Adapted("tiny", "arithmetic-competence"))
+
+
+def test_a_sibling_is_made_from_its_base_and_an_adapter(sibling, workshop):
+    with pytest.raises(UserError, match=r"the adapter arithmetic-competence is not here; make it with `python -m lab"):
+        fetching.fetch(sibling)
+    make(recipes.recipe("arithmetic-competence"))
+    assert weights.location(sibling) is None
+    folder = fetching.fetch(sibling)
+    assert folder == weights.location(sibling) == fetching.fetch(sibling)
+    again, base = load(sibling, "float32"), load(catalog.facts("tiny"), "bfloat16")
+    lora.merge(base.decoder, lora.read_factors(base.decoder, workshop / "arithmetic-competence"))
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(again.model(ids).logits, base.model.float()(ids).logits)
+
+
+def test_another_adapter_is_another_sibling(sibling, workshop):
+    """What was merged earlier is not taken for a model that the adapter of today makes."""
+    make(recipes.recipe("arithmetic-competence"))
+    before = fetching.fetch(sibling)
+    with open(workshop / "arithmetic-competence" / "adapter_model.safetensors", "ab") as file:
+        file.write(b"\0")
+    assert weights.location(sibling) is None
+    assert weights.adapted_folder(sibling) != before
 
 
 def test_a_checkpoint_is_the_adapted_model(workshop, tmp_path):

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
 
+from lab import files
 from lab.store import Store, Sweep
 
 pytestmark = pytest.mark.calibration
@@ -96,6 +98,14 @@ def test_a_record_is_read_back_as_it_was(tmp_path):
     xr.testing.assert_identical(*found)
     xr.testing.assert_equal(found[0], data)
     assert found[0].x.attrs == data.x.attrs
+
+
+def test_a_record_is_read_without_its_lock(tmp_path):
+    """Whoever holds the lock, a record that is there is whole."""
+    store = Store(tmp_path)
+    store.record("toy", {}, lambda sweep: toy(1.0))
+    with files.locked(store.path("toy", {})), ThreadPoolExecutor(1) as other:
+        assert other.submit(store.record, "toy", {}, lambda sweep: toy(2.0)).result(timeout=5).x[0] == 1
 
 
 def test_fresh_measures_again_and_drops_old_shards(tmp_path):

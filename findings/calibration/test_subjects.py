@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lab import experiments
 from lab.architectures.checkpoints import ARCHITECTURES
@@ -18,9 +18,10 @@ from lab.errors import UserError
 from lab.subjects import hub, weights
 from lab.subjects.catalog import catalog, default_subject, facts, facts_of_model
 from lab.subjects.configuration import facts_from_config, tensor_shapes
-from lab.subjects.facts import Facts, Hub, Local, Wheels
+from lab.subjects.facts import Adapted, Facts, Hub, Local, Wheels
 from lab.subjects.gguf import require_facts
 from lab.subjects.loading import load, require_finite
+from lab.training import specimens
 
 pytestmark = pytest.mark.calibration
 
@@ -30,7 +31,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small Llama as `save_pretrained` writes it, and an empty cache of our own."""
     monkeypatch.setenv("DL_FINDINGS_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        "llama",
         vocab_size=48,
         hidden_size=32,
         intermediate_size=40,
@@ -40,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tie_word_embeddings=False,
     )
     path = tmp_path / "My_Llama v1"
-    LlamaForCausalLM(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     vocabulary = {f"w{index}": index for index in range(48)}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "w0"))).save_pretrained(path)
     return path
@@ -75,6 +77,9 @@ def test_every_subject_is_pinned_and_one_is_the_default() -> None:
                 assert len(revision or "") == 40
             case Wheels(parts=parts, sha256=whole):
                 assert {len(digest) for digest in (whole, *(part.sha256 for part in parts))} == {64}
+            case Adapted(base=base, specimen=specimen):
+                assert base in catalog()
+                assert specimen in specimens.manifest()
             case Local():
                 pytest.fail(f"{subject.name} lies on one machine only")
 
@@ -109,7 +114,9 @@ def test_facts_are_those_of_the_architecture(name: str) -> None:
 
 
 def test_an_unknown_subject_meets_its_near_misses() -> None:
-    with pytest.raises(UserError, match=r"unknown subject 'smollm2-135m': did you mean smollm2-135m-instruct( or |\?)"):
+    with pytest.raises(
+        UserError, match=r"unknown subject 'smollm2-135m': did you mean .*\bsmollm2-135m-instruct( or |\?)"
+    ):
         facts("smollm2-135m")
     with pytest.raises(UserError, match=r"unknown subject '\?\?': the catalog has smollm2-135m-instruct, "):
         facts("??")

@@ -14,7 +14,8 @@ from lab.errors import NotApplicable, UserError
 from lab.experiments.layers.measuring.weight_spectra import circuits, folded
 from lab.experiments.layers.weight_spectra import MATRICES, Budget, WeightSpectra, measure
 from lab.statistics import depth
-from lab.statistics.spectra import Spectrum, participation_ratio
+from lab.statistics.spectra import Spectrum
+from lab.statistics.spectrum_size import participation_ratio
 from lab.store import Sweep
 from lab.subjects.anatomy import Decoder
 from lab.subjects.facts import Local

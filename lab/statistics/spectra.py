@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lab.statistics.spectrum_size import participation_ratio
+
 #: condition number from which the Gram matrix, whose own is its square, gives s_k to less than five digits
 GRAM_LIMIT = 1e5
 TAIL = 0.1  #: share of the largest energies that a tail estimate reads
@@ -132,12 +134,6 @@ class Spectrum:
     def tail_exponent(self) -> float:
         """Hill's estimate of alpha, density(e) ~ e^-alpha, on the largest tenth of the energies; see `hill`."""
         return hill(self.energies, min(max(2, round(TAIL * len(self.values))), len(self.values)))
-
-
-def participation_ratio(energies: np.ndarray) -> float:
-    """(sum e)^2 / sum e^2 of energies [k]: how many equal ones would be as spread; NaN if all are 0."""
-    squares = float(energies @ energies)
-    return float(energies.sum() ** 2 / squares) if squares else float("nan")
 
 
 def power_law(values: np.ndarray) -> tuple[float, float]:

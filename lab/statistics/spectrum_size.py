@@ -20,5 +20,9 @@ def effective_rank(eigenvalues: np.ndarray, share: float = 0.95, *, leading: int
 
 
 def participation_ratio(eigenvalues: np.ndarray) -> float:
-    """(sum e)^2 / sum e^2 of the eigenvalues of a covariance [d]: d for a flat spectrum, 1 for a single direction."""
-    return float(eigenvalues.sum() ** 2 / (eigenvalues**2).sum())
+    """(sum e)^2 / sum e^2 of variances or energies [k]: how many equal ones would be as spread; NaN if all are 0.
+
+    k for a flat spectrum, 1 for a single direction.
+    """
+    squares = float(eigenvalues @ eigenvalues)
+    return float(eigenvalues.sum() ** 2 / squares) if squares else float("nan")

