@@ -58,7 +58,7 @@ def stages_of(subject):
 
 def start_of(n):
     """The order that the source's fingerprints gave of 28 layers, and further layers in their place."""
-    told = published.dataset("layer_shuffle_recovery")["recovered_order"].sel(method="activation_flow")
+    told = published.dataset("layer_shuffle_recovery")["recovered_order"].sel({"method": "activation_flow"})
     return (*told.values.tolist(), *range(len(told), n))
 
 
