@@ -286,7 +286,7 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     return layer_shuffle_recovery.measure(subject, corpus, budget, sweep)
 
 
-# Seven minutes of an AVX2 core on SmolLM2, in bad company, where the source's searches, a forward pass per trial, would
+# Seven minutes of CPU time on a busy AVX2 core on SmolLM2, where the source's searches, a forward pass per trial, would
 # take 16 hours for one run. Reduced are: text (50 tokens decide, 19 about what is hopeless, and
 # about all that construction and annealing try), so that neighbours which cost little to exchange may stay exchanged,
 # and a tau of exactly 1 has little support; annealing, to 40 proposals; sweeps and insertions, to one pass and 2
