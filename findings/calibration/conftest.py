@@ -265,3 +265,9 @@ def ask(tmp_path_factory):
             return dict(arrays)
 
     return answer
+
+
+@pytest.fixture(scope="module")
+def losses() -> dict:
+    """What each way of a benchmark found, nat/token, to be compared when both have run."""
+    return {}

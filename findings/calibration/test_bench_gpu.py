@@ -13,7 +13,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lab.corpora.batches import TokenText
@@ -21,6 +20,7 @@ from lab.experiments.layers.layer_knockout import EXPERIMENT as KNOCKOUT
 from lab.experiments.layers.layer_swap_cost import EXPERIMENT as SWAP
 from lab.experiments.layers.layer_swap_cost import all_pairs
 from lab.residual.executor import Executor
+from lab.residual.plain import layers_exchanged, plain_losses
 from lab.residual.programs import identity, order, skip, swap
 from lab.residual.sweeps import ProgramLosses, Sample
 from lab.store import Sweep
@@ -76,26 +76,13 @@ def executor_losses(decoder, texts, programs, batch_tokens, head_dtype="bfloat16
     return ProgramLosses(Executor(decoder), Sweep(), batch_tokens, head_dtype)("sweep", texts, programs)["loss"]
 
 
-@torch.inference_mode()
-def plain_losses(decoder, texts, programs):
+def plain_loop(decoder, texts, programs):
     """The same losses, one text and one program at a time through the whole model."""
-    kept = list(decoder.model.model.layers)
     found = []
-    try:
-        for program in programs.values():
-            layers = [kept[step.layer] for step in program if step.layer is not None]
-            decoder.model.model.layers = torch.nn.ModuleList(layers)
-            found.append([plain_loss(decoder, text) for text in texts.texts])
-    finally:
-        decoder.model.model.layers = torch.nn.ModuleList(kept)
+    for program in programs.values():
+        with layers_exchanged(decoder.model, [step.layer for step in program if step.layer is not None]):
+            found.append(plain_losses(decoder.model, texts.texts))
     return np.array(found)
-
-
-def plain_loss(decoder, text):
-    ids = torch.tensor([text.ids], device=decoder.device)
-    targets = torch.tensor(text.targets, device=decoder.device)
-    logits = decoder.model(ids, use_cache=False).logits[0]
-    return float(functional.cross_entropy(logits[targets - 1].float(), ids[0, targets]))
 
 
 def timed(function, *arguments):
@@ -120,7 +107,7 @@ def test_the_sweeps_agree_with_the_plain_loop_on_any_device():
     assert texts.scored_tokens.sum() == 60
     programs = knockouts(n, range(n)) | {str(pair): swap(n, *pair) for pair in all_pairs(n)}
     found = executor_losses(decoder, texts, programs, 64, "float32")
-    assert np.abs(found - plain_losses(decoder, texts, programs)).max() <= 1e-3
+    assert np.abs(found - plain_loop(decoder, texts, programs)).max() <= 1e-3
     assert len({round(float(loss), 6) for loss in found[:, 0]}) == len(programs), "every program must differ"
 
 
@@ -130,8 +117,8 @@ def test_knockout_sweep_of_a_4b_shape(benchmark, qwen3_4b):
     n, batch_tokens = qwen3_4b.n_layers, KNOCKOUT.budgets["full"].batch_tokens
     texts = random_texts(PROMPTS, TOKENS, SCORED, qwen3_4b.vocabulary)
     some, every = knockouts(n, range(0, n, STRIDE)), knockouts(n, range(n))
-    plain_losses(qwen3_4b, texts, {"intact": identity(n)})  # kernels are chosen on first use
-    expected, seconds = timed(plain_losses, qwen3_4b, texts, some)
+    plain_loop(qwen3_4b, texts, {"intact": identity(n)})  # kernels are chosen on first use
+    expected, seconds = timed(plain_loop, qwen3_4b, texts, some)
     found = benchmark.pedantic(
         executor_losses, (qwen3_4b, texts, every, batch_tokens), rounds=3, warmup_rounds=1
     )  # returns numbers on the CPU, so the device is done
@@ -150,7 +137,7 @@ def test_swap_matrix_of_a_4b_shape(benchmark, qwen3_4b):
     programs = {"intact": order(range(n))} | {str(pair): swap(n, *pair) for pair in all_pairs(n)}
     found = benchmark.pedantic(executor_losses, (qwen3_4b, texts, programs, batch_tokens), rounds=1)
     some = dict(list(programs.items())[::90])
-    expected, seconds = timed(plain_losses, qwen3_4b, texts, some)
+    expected, seconds = timed(plain_loop, qwen3_4b, texts, some)
     benchmark.extra_info["seconds of the plain loop"] = round(seconds * len(programs) / len(some), 1)
     means = [losses @ texts.scored_tokens / texts.scored_tokens.sum() for losses in (found, expected)]
     assert np.abs(means[0][::90] - means[1]).max() <= 1e-3

@@ -11,12 +11,11 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional
 
 from lab.corpora.corpus import load_corpus
 from lab.experiments.layers.layer_knockout import EXPERIMENT
 from lab.residual.executor import Executor
+from lab.residual.plain import plain_losses
 from lab.residual.programs import identity, skip
 from lab.residual.sweeps import ProgramLosses, sample, token_mean
 from lab.store import Sweep
@@ -31,34 +30,21 @@ def texts(smollm2):
     return sample(load_corpus(smollm2.facts, smollm2.tokenizer), None, None)
 
 
-@pytest.fixture(scope="module")
-def losses():
-    """What each way found [program], nat/token, to be compared when both have run."""
-    return {}
-
-
 def input_instead(module, args, kwargs, output):
     """A forward hook that makes a layer hand on what it was given."""
     return args[0] if args else kwargs["hidden_states"]
 
 
-@torch.inference_mode()
 def plain_loop(subject, texts):
     """Losses [program, prompt]: intact, then without each layer."""
-    found = [[plain_loss(subject.model, text) for text in texts.texts]]
+    found = [plain_losses(subject.model, texts.texts)]
     for layer in subject.decoder.layers:
         hook = layer.register_forward_hook(input_instead, with_kwargs=True)
         try:
-            found.append([plain_loss(subject.model, text) for text in texts.texts])
+            found.append(plain_losses(subject.model, texts.texts))
         finally:
             hook.remove()
     return np.array(found)
-
-
-def plain_loss(model, text):
-    ids, targets = torch.tensor([text.ids]), torch.tensor(text.targets)
-    logits = model(ids, use_cache=False).logits[0]
-    return float(functional.cross_entropy(logits[targets - 1].float(), ids[0, targets]))
 
 
 def executor_sweep(subject, texts):

@@ -4,13 +4,11 @@ import time
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
-from torch.nn import functional
 
 from lab.corpora.corpus import load_corpus
 from lab.experiments.layers.layer_swap_cost import all_pairs
 from lab.residual.executor import Executor
+from lab.residual.plain import layers_exchanged, plain_losses
 from lab.residual.programs import swap
 from lab.residual.sweeps import ProgramLosses, sample
 from lab.store import Sweep
@@ -31,25 +29,13 @@ def texts_of(subject):
     return sample(load_corpus(subject.facts, subject.tokenizer), PROMPTS, TOKENS)
 
 
-@torch.inference_mode()
 def plain_loop(subject, texts, pairs):
     """Losses [pair, prompt]: layers exchanged in the model itself, one text at a time, logits of every position."""
-    kept = subject.model.model.layers
     losses = []
-    try:
-        for pair in pairs:
-            exchanged = [kept[step.layer] for step in swap(len(kept), *pair)]
-            subject.model.model.layers = nn.ModuleList(exchanged)
-            losses.append([plain_loss(subject.model, text) for text in texts.texts])
-    finally:
-        subject.model.model.layers = kept
+    for pair in pairs:
+        with layers_exchanged(subject.model, [step.layer for step in swap(subject.decoder.n_layers, *pair)]):
+            losses.append(plain_losses(subject.model, texts.texts))
     return np.array(losses)
-
-
-def plain_loss(model, text):
-    ids, targets = torch.tensor([text.ids]), torch.tensor(text.targets)
-    logits = model(ids, use_cache=False).logits[0]
-    return float(functional.cross_entropy(logits[targets - 1].float(), ids[0, targets]))
 
 
 def executor_sweep(subject, texts, pairs, head_dtype="bfloat16"):

@@ -7,7 +7,6 @@ source's: put other norms into a layer, run the whole model text by text, put th
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from lab.corpora.corpus import load_corpus
 from lab.experiments.surgery.measuring.normalization import parts
@@ -18,6 +17,7 @@ from lab.normalization.settings import NORM_TYPES, Bench
 from lab.normalization.sites import norms_of
 from lab.normalization.surgery import Renormed
 from lab.residual.executor import Executor
+from lab.residual.plain import plain_losses
 from lab.residual.sweeps import ProgramLosses, Sample, token_mean
 from lab.store import Sweep
 
@@ -104,12 +104,6 @@ def texts(smollm2):
     return Sample(chosen.prompts[:TEXTS], chosen.texts[:TEXTS], chosen.user_targets[:TEXTS])
 
 
-@pytest.fixture(scope="module")
-def losses():
-    """What each way found [layer], nat/token, to be compared when both have run."""
-    return {}
-
-
 @torch.inference_mode()
 def plain_loop(subject, texts):
     """Losses [layer, text], every sixth layer without its norms."""
@@ -120,17 +114,11 @@ def plain_loop(subject, texts):
         try:
             for norm in norms.layers[index].values():
                 setattr(layer, norm.path, Identity(norm))
-            found.append([plain_loss(subject.model, text) for text in texts.texts])
+            found.append(plain_losses(subject.model, texts.texts))
         finally:
             for path, module in kept.items():
                 setattr(layer, path, module)
     return np.array(found)
-
-
-def plain_loss(model, text):
-    ids, targets = torch.tensor([text.ids]), torch.tensor(text.targets)
-    logits = model(ids, use_cache=False).logits[0]
-    return float(functional.cross_entropy(logits[targets - 1].float(), ids[0, targets]))
 
 
 def executor_sweep(subject, texts):

@@ -7,7 +7,6 @@ the throughput of the rounding rules and libraries on one matrix.
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from lab.corpora.corpus import load_corpus
 from lab.experiments.systems.measuring.quantization_workbench import samples
@@ -16,6 +15,7 @@ from lab.quantization.layers import Workshop, matrices
 from lab.quantization.libraries import GGUF, NormalFloat4, TorchAO
 from lab.quantization.rounding import Rounding
 from lab.residual.executor import Executor
+from lab.residual.plain import plain_losses
 from lab.residual.programs import identity
 from lab.residual.sweeps import ProgramLosses, Sample, token_mean
 from lab.store import Sweep
@@ -34,32 +34,20 @@ def texts(smollm2):
     return Sample(chosen.prompts[:TEXTS], chosen.texts[:TEXTS], chosen.user_targets[:TEXTS])
 
 
-@pytest.fixture(scope="module")
-def losses():
-    """What each way found [program], nat/token, to be compared when both have run."""
-    return {}
-
-
 @torch.inference_mode()
 def plain_loop(subject, texts):
     """Losses [program, text]: intact, then with each layer rounded."""
-    found = [[plain_loss(subject.model, text) for text in texts.texts]]
+    found = [plain_losses(subject.model, texts.texts)]
     for layer in subject.decoder.layers:
         kept = {path: linear.weight.clone() for path, linear in matrices(layer).items()}
         try:
             for linear in matrices(layer).values():
                 linear.weight.copy_(RULE(linear.weight))
-            found.append([plain_loss(subject.model, text) for text in texts.texts])
+            found.append(plain_losses(subject.model, texts.texts))
         finally:
             for path, linear in matrices(layer).items():
                 linear.weight.copy_(kept[path])
     return np.array(found)
-
-
-def plain_loss(model, text):
-    ids, targets = torch.tensor([text.ids]), torch.tensor(text.targets)
-    logits = model(ids, use_cache=False).logits[0]
-    return float(functional.cross_entropy(logits[targets - 1].float(), ids[0, targets]))
 
 
 def executor_sweep(subject, texts):

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from lab import published
+from lab.corpora.batches import TokenText
 from lab.experiments.layers.layer_swap_cost import Budget, LayerSwapCost, attention_kinds, measure, move, spread
+from lab.residual.plain import layers_exchanged, plain_losses
 from lab.residual.programs import order, swap
 from lab.statistics.clustering import clusters, condensed
 from lab.store import Sweep
@@ -29,19 +31,13 @@ def record_of(model, corpus=None, budget=BUDGET, sweep=None):
 
 def naive_losses(model, corpus, layers, part):
     """Loss of each text, run alone through the model's own forward with its layers in this order."""
-    kept = model.model.layers
-    model.model.layers = nn.ModuleList([kept[layer] for layer in layers])
-    try:
-        losses = []
+    losses = []
+    with layers_exchanged(model, layers):
         for text in corpus.texts:
-            ids = torch.tensor([text.prompt_ids + text.completion_ids])
-            start, stop = (len(text.prompt_ids), ids.shape[1]) if part == "completion" else (1, len(text.prompt_ids))
-            with torch.no_grad():
-                logits = model(ids, use_cache=False).logits[0]
-            targets = torch.arange(start, stop, 1 if part == "completion" else BUDGET.context_stride)
-            losses.append(float(functional.cross_entropy(logits[targets - 1], ids[0, targets])))
-    finally:
-        model.model.layers = kept
+            ids = text.prompt_ids + text.completion_ids
+            start, stop = (len(text.prompt_ids), len(ids)) if part == "completion" else (1, len(text.prompt_ids))
+            targets = range(start, stop, 1 if part == "completion" else BUDGET.context_stride)
+            losses += plain_losses(model, [TokenText(ids, tuple(targets))])
     return np.array(losses)
 
 

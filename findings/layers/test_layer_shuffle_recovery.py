@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fixtures.claims import claim, not_applicable
-from lab.experiments.layers.layer_shuffle_recovery import CONTENDERS, METRICS, PUBLISHED_METHODS, SEEDED
+from lab.experiments.layers.layer_shuffle_recovery import CONTENDERS, PUBLISHED_METHODS, SEEDED
 from lab.statistics.correlations import rank_correlation
 from lab.statistics.orders import (
     chance_p_value,
@@ -37,6 +37,13 @@ RANKED = (
     "causal_pairwise",
     "greedy_perplexity",
 )
+
+
+def require_published(record, **settings):
+    """What a search leaves wrong can be held against it where it was given as much as the source gave it."""
+    for name, published in settings.items():
+        if record.settings.get(name, published) < published:
+            not_applicable(f"{name}: {record.settings[name]} here, {published} in the source")
 
 
 def test_layer_shuffle_recovery_matches_snapshot(layer_shuffle_recovery, snapshot):
@@ -81,12 +88,14 @@ def test_what_swaps_leave_wrong_is_a_failure_of_the_search(layer_shuffle_recover
 @claim("LSR-2", "published")
 def test_insertions_recover_the_order_perfectly(layer_shuffle_recovery):
     """Taking layers out and putting them in elsewhere recovers the order perfectly, too."""
+    require_published(layer_shuffle_recovery, reinsertion_passes=3)
     assert layer_shuffle_recovery.of("kendall_tau", "remove_reinsert") == 1
 
 
 @claim("LSR-2b", "corrected")
 def test_insertions_recover_the_order_from_a_good_seed(layer_shuffle_recovery):
     """From a seed of tau 0.9 or better, insertions reach 0.95 in every run."""
+    require_published(layer_shuffle_recovery, reinsertion_passes=3)
     assert layer_shuffle_recovery.from_good_seeds("remove_reinsert", 0.9).min() >= 0.95
 
 
@@ -109,7 +118,8 @@ def test_the_table_of_thirteen_methods(layer_shuffle_recovery):
     39 figures, recomputed from the published orders and compared at their five digits.
     """
     orders = np.array([layer_shuffle_recovery.orders(method)[0] for method in PUBLISHED_METHODS])
-    told = {name: [layer_shuffle_recovery.of(name, method) for method in PUBLISHED_METHODS] for name in METRICS[:3]}
+    measures = ("kendall_tau", "position_accuracy", "mean_displacement")
+    told = {name: [layer_shuffle_recovery.of(name, method) for method in PUBLISHED_METHODS] for name in measures}
     assert abs(kendall_tau(orders) - told["kendall_tau"]).max() <= 5e-6
     assert abs(position_accuracy(orders) - told["position_accuracy"]).max() <= 5e-6
     assert abs(displacements(orders).mean(-1) - told["mean_displacement"]).max() <= 5e-5
@@ -186,6 +196,7 @@ def test_annealing_ends_worse_than_it_began(layer_shuffle_recovery):
 
     0.783 after 0.974. Mean over runs; it depends on the temperature, the text, and how good the seed was.
     """
+    require_published(layer_shuffle_recovery, proposals=1500)
     ended = layer_shuffle_recovery.of("kendall_tau", "simulated_annealing")
     assert ended < layer_shuffle_recovery.seed_tau.mean()
 
@@ -208,6 +219,9 @@ def test_annealing_ends_at_a_lower_loss(layer_shuffle_recovery):
     decided, LSR-13.
     """
     elsewhere = layer_shuffle_recovery.runs("kendall_tau", "simulated_annealing") != layer_shuffle_recovery.seed_tau
+    if layer_shuffle_recovery.has("annealing_end_loss"):  # another order may have as many inversions
+        began, ended = (layer_shuffle_recovery.variable(f"annealing_{end}_loss") for end in ("start", "end"))
+        elsewhere = elsewhere | (began != ended).values
     if not elsewhere.any():
         not_applicable("annealing returned its seed in every run")
     assert layer_shuffle_recovery.annealing_ended_lower[elsewhere].all()

@@ -53,7 +53,7 @@ class TokenLosses:
 
 
 class _Stage:
-    """One batch of the text, with the states along an order that trials begin like."""
+    """One batch of the text: losses of orders, each run once, with the states along a beginning that many share."""
 
     def __init__(self, decoder: Decoder, batch: TokenBatch, head_dtype: torch.dtype):
         self.batch = batch.to(decoder.device)
@@ -61,11 +61,20 @@ class _Stage:
         self.readout = TokenLosses(decoder, batch, head_dtype)
         self.kept: Order = ()
         self._states: list[Tensor] = []
-        self._base: tuple[Order, np.ndarray] = ((), np.empty(0))
-        self._latest: dict[Order, np.ndarray] = {}
+        self._known: dict[Order, np.ndarray] = {}
         self.layer_tokens = self.head_tokens = 0
 
-    def keep(self, layers: Order) -> None:
+    def losses(self, orders: Sequence[Order], beginning: Order = ()) -> np.ndarray:
+        """Losses [order, token] of layers in these orders, of which some begin with all or a part of `beginning`."""
+        new = [layers for layers in dict.fromkeys(orders) if layers not in self._known]
+        if new:
+            self._keep(beginning)
+            self.head_tokens += len(new) * len(self.batch.scored)
+            found = self._run([self._program(layers) for layers in new], self.readout)["loss"]
+            self._known |= zip(new, found.numpy(), strict=True)
+        return np.stack([self._known[layers] for layers in orders])
+
+    def _keep(self, layers: Order) -> None:
         """Keep the states along these layers; those of a common beginning are kept already."""
         shared = _common(self.kept, layers)
         if shared == len(layers):
@@ -75,24 +84,6 @@ class _Stage:
         self._states = self._states[:shared] + [state.to(self.batch.ids.device) for state in found]
         self.kept = layers
         self.executor.edits = {_after(place + 1): _resume(state) for place, state in enumerate(self._states)}
-
-    def base_losses(self, base: Order) -> np.ndarray:
-        """Losses of the base order [token]; known if it was among the latest trials.
-
-        Raises:
-            UserError: one is NaN or infinite, so that nothing can be compared with it.
-        """
-        if self._base[0] != base:
-            known = self._latest[base] if base in self._latest else self.losses([base])[0]
-            self._base = (base, _finite(known, base))
-        return self._base[1]
-
-    def losses(self, orders: Sequence[Order]) -> np.ndarray:
-        """Losses [order, token] of layers in these orders."""
-        self.head_tokens += len(set(orders)) * len(self.batch.scored)
-        found: np.ndarray = self._run([self._program(layers) for layers in orders], self.readout)["loss"].numpy()
-        self._latest = dict(zip(orders, found, strict=True))
-        return found
 
     def _program(self, layers: Order) -> Program:
         kept = _common(self.kept, layers)
@@ -157,10 +148,9 @@ class LayerOrderLosses:
         shared = layers[: max(_common(layers, other) for other in others)]
         race = _Race(len(trials))
         for stage in self._stages:
-            own = stage.base_losses(layers)
-            stage.keep(shared)
-            found = stage.losses([others[int(index)] for index in race.alive])
-            race.add(_lost_if_not_finite(found) - own)
+            (own,) = stage.losses([layers], shared)
+            found = stage.losses([others[int(index)] for index in race.alive], shared)
+            race.add(_lost_if_not_finite(found) - _finite(own, layers))
             with np.errstate(invalid="ignore"):  # an infinite z times no error: then nothing is clear
                 race.drop(race.mean - limits > self.z * race.error)
             if not len(race.alive):
@@ -177,9 +167,8 @@ class LayerOrderLosses:
         for stage in self._stages:
             if len(trials) > 1 and len(race.alive) == 1:
                 break
-            stage.keep(shared)
             found = np.full((len(trials), len(stage.batch.scored)), np.nan)
-            found[race.alive] = _lost_if_not_finite(stage.losses([layers[index] for index in race.alive]))
+            found[race.alive] = _lost_if_not_finite(stage.losses([layers[index] for index in race.alive], shared))
             race.add(found[race.alive])
             seen = np.concatenate([seen, found], axis=1)
             best = int(race.alive[race.mean[race.alive].argmin()])

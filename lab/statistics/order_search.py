@@ -16,10 +16,14 @@ import numpy as np
 Order = tuple[int, ...]
 #: an order made from another by moving what stands at certain positions
 Move = Callable[[Order], Order]
+#: two neighbouring blocks: where the first starts, how many items it has, how many the second
+Span = tuple[int, int, int]
+#: what stands in them
+Blocks = tuple[Order, Order]
 
 EPSILON = 1e-6  #: an improvement counts from here on, as published
 #: trials handed over together: few where the next may be accepted, for what is ahead of it then was tried in vain
-SMALLEST_WINDOW, LARGEST_WINDOW = 4, 64
+SMALLEST_WINDOW, LARGEST_WINDOW = 2, 64
 
 
 class Losses(Protocol):
@@ -189,12 +193,14 @@ def _proposals(n: int, count: int, temperature: float, near: float, seed: int) -
 # ---- a search of our own
 
 
-def block_descent(losses: Losses, order: Order, *, largest_block: int = 3, rounds: int = 30) -> Order:
+def block_descent(losses: Losses, order: Order, *, largest_block: int = 3, rounds: int = 100) -> Order:
     """Exchanges of neighbouring blocks: of single items first, of up to three where those no longer help.
 
     All exchanges of one kind are tried at once. Of those that lower the loss, the ones that do not overlap are made
-    together, the most helpful first, if that is better than the most helpful alone. Exchanging blocks of one and r
-    moves an item by r; blocks of two or three undo what single items cannot, where two runs of layers are interleaved.
+    together, the most helpful first, if that is better than the most helpful alone. What was exchanged in vain is left
+    out from then on, but for single items: before larger blocks are tried, all neighbours have been tried in the order
+    as it is. Exchanging blocks of one and r moves an item by r; blocks of two or three undo what single items cannot,
+    where two runs of layers are interleaved.
 
     Args:
         losses: of orders.
@@ -203,43 +209,61 @@ def block_descent(losses: Losses, order: Order, *, largest_block: int = 3, round
         rounds: exchanges of several blocks at once, at most.
     """
     n, size = len(order), 1
+    in_vain: set[Blocks] = set()
     for _ in range(rounds):
-        spans = [
-            (start, first, second)
-            for first in range(1, size + 1)
-            for second in range(1, size + 1)
-            if max(first, second) == size
-            for start in range(n - first - second + 1)
-        ]
-        after = _exchange_blocks(losses, order, spans)
-        if after != order:
-            order, size = after, 1
-        elif size >= min(largest_block, n - 1):
-            break
-        else:
+        spans = [span for span in _spans(n, size) if _blocks(order, span) not in in_vain]
+        helpful = _helpful(losses, order, spans)
+        in_vain |= {_blocks(order, span) for span in spans if span not in helpful}
+        if helpful:
+            in_vain |= {_blocks(order, span)[::-1] for span in helpful}  # to undo them
+            order, size = _together(losses, order, helpful), 1
+        elif size == 1 and len(spans) < n - 1:
+            in_vain = {blocks for blocks in in_vain if len(blocks[0]) + len(blocks[1]) > 2}
+        elif size < min(largest_block, n - 1):
             size += 1
+        else:
+            break
     return order
 
 
-def _exchange_blocks(losses: Losses, order: Order, spans: Sequence[tuple[int, int, int]]) -> Order:
-    """The order after the most helpful of these exchanges (start, first, second), or after several; else as it was."""
+def _spans(n: int, size: int) -> list[Span]:
+    """Neighbouring blocks among n items, the larger of which has `size`."""
+    return [
+        (start, first, second)
+        for first in range(1, size + 1)
+        for second in range(1, size + 1)
+        if max(first, second) == size
+        for start in range(n - first - second + 1)
+    ]
+
+
+def _blocks(order: Order, span: Span) -> Blocks:
+    """What stands in two neighbouring blocks."""
+    start, first, second = span
+    return order[start : start + first], order[start + first : start + first + second]
+
+
+def _helpful(losses: Losses, order: Order, spans: Sequence[Span]) -> list[Span]:
+    """Exchanges that lower the loss, the most helpful first."""
     if not spans:
-        return order
-    trials = [blocks_exchanged(*span)(order) for span in spans]
-    differences = losses.differences(order, trials)
-    helpful = [int(index) for index in np.argsort(differences, kind="stable") if differences[index] < -EPSILON]
-    chosen: list[int] = []
-    for index in helpful:
-        if all(_apart(spans[index], spans[other]) for other in chosen):
-            chosen.append(index)
-    if len(chosen) < 2:
-        return trials[chosen[0]] if chosen else order
-    together = order
-    for index in chosen:
-        together = blocks_exchanged(*spans[index])(together)
-    (both,) = losses.differences(order, [together])
-    return together if both < differences[chosen[0]] else trials[chosen[0]]
+        return []
+    differences = losses.differences(order, [blocks_exchanged(*span)(order) for span in spans])
+    return [spans[index] for index in np.argsort(differences, kind="stable") if differences[index] < -EPSILON]
 
 
-def _apart(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+def _together(losses: Losses, order: Order, helpful: Sequence[Span]) -> Order:
+    """The order after those of these exchanges that do not overlap, if better than after the first; else after it."""
+    alone = together = blocks_exchanged(*helpful[0])(order)
+    chosen = [helpful[0]]
+    for span in helpful[1:]:
+        if all(_apart(span, other) for other in chosen):
+            chosen.append(span)
+            together = blocks_exchanged(*span)(together)
+    if len(chosen) == 1:
+        return alone
+    best, _ = losses.lowest([together, alone])
+    return (together, alone)[best]
+
+
+def _apart(one: Span, other: Span) -> bool:
     return sum(one) <= other[0] or sum(other) <= one[0]
