@@ -230,8 +230,11 @@ def test_initialisation_is_no_larger_than_what_is_claimed(spectral_peft):
 def test_training_the_last_layers_is_twice_as_fast(spectral_peft):
     """Training the last layers alone takes about half the time: A takes 1.8 times as long as H, or more.
 
-    Published 145 against 72 seconds, loading included.
+    Published 145 against 72 seconds, loading included. Timed on a GPU alone: a CPU shares its cores with other work,
+    and the runs that are compared are hours apart.
     """
+    if spectral_peft.provenance.get("device") == "cpu":
+        not_applicable("adapters were trained on a CPU, whose cores other work shares")
     assert spectral_peft.train_seconds("A") / spectral_peft.train_seconds("H") >= 1.8
 
 
