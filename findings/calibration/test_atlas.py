@@ -114,7 +114,6 @@ def test_every_recorded_number_can_be_downloaded(committed: Results, atlas: dict
         rows = list(csv.DictReader(io.StringIO(gzip.decompress(atlas[f"data/{name}.csv.gz"]).decode())))
         numbers = [row for row in rows if row["low"] == row["high"] == ""]
         assert len(numbers) == sum(len(entry["values"]) for one in mine for entry in one.content["numbers"].values())
-        assert json.loads(gzip.decompress(atlas[f"data/{name}.json.gz"])) == [one.content for one in mine]
 
 
 def test_intervals_are_downloaded_with_their_labels(shelf: Path) -> None:

@@ -1,4 +1,7 @@
-"""What the atlas offers for download: the numbers of an experiment as JSON and CSV, and all verdicts as CSV."""
+"""What the atlas offers for download, as CSV: the numbers of each experiment, and all verdicts.
+
+No JSON beside it: that would be the committed snapshots once more, and a tenth of the site.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +37,7 @@ def downloads(results: Results) -> Iterator[tuple[str, bytes]]:
     for name in results.by_experiment:
         mine = [snapshot for snapshot in results.snapshots if snapshot.address.experiment == name]
         if mine:
-            text = json.dumps([one.content for one in mine], separators=(",", ":"))
             table = _table(NUMBERS, (row for snapshot in mine for row in _numbers(snapshot)))
-            yield f"data/{name}.json.gz", _compressed(text)
             yield f"data/{name}.csv.gz", _compressed(table)
 
 
