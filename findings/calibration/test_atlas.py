@@ -447,7 +447,7 @@ def test_other_formats(tmp_path: Path, ending: str) -> None:
     [
         (["T-99"], "did you mean"),
         (["layer_knokout"], "did you mean layer_knockout"),
-        (["T-1", "--subject", "smollm"], "did you mean smollm2-135m-instruct"),
+        (["T-1", "--subject", "smollm2-instruct"], "did you mean smollm2-135m-instruct"),
         (["T-2", "--subject", "qwen3-1.7b"], "nothing is recorded of layer_knockout and activation_patching"),
         (["T-1", "-o", "out.gif"], "its ending must be one of .svg, .png, .pdf"),
     ],
