@@ -140,7 +140,7 @@ def toy_world(folder, patch):
     patch("lab.subjects.weights.weights_digest", lambda folder: "toy weights")
     patch("lab.corpora.reading.committed_path", lambda subject: Path(folder) / "completions.json")
     patch("lab.corpora.corpus.load_corpus", lambda facts, tokenizer, path: corpus)
-    sys.modules["lab.subjects.loading"] = loading
+    sys.modules["lab.subjects.loading"] = sys.modules["lab.subjects.several_devices"] = loading
     backends = SimpleNamespace(cpu=SimpleNamespace(get_cpu_capability=lambda: "TOY"))
     cuda = SimpleNamespace(get_device_name=lambda: "toy device")
     sys.modules["torch"] = SimpleNamespace(get_num_threads=lambda: 1, backends=backends, cuda=cuda)
@@ -234,7 +234,7 @@ def suite(imported, pytester, monkeypatch, tmp_path) -> Suite:
     for name in ("CI", "BUILD_NUMBER"):  # where pytest finds one of them, it repeats each message uncut in its summary
         monkeypatch.delenv(name, raising=False)
     monkeypatch.syspath_prepend(pytester.path)
-    for name in ("lab.subjects.loading", "torch"):  # toy_world replaces them; this restores them
+    for name in ("lab.subjects.loading", "lab.subjects.several_devices", "torch"):  # toy_world replaces them; this restores them
         monkeypatch.setitem(sys.modules, name, None)
     toy_world(pytester.path, monkeypatch.setattr)
     experiments.experiment.cache_clear()

@@ -9,7 +9,7 @@ import pytest
 
 from lab import cli
 from lab.corpora import completions
-from lab.subjects import weights
+from lab.subjects import fetching, weights
 from lab.subjects.catalog import catalog, facts
 from lab.subjects.facts import Facts
 
@@ -59,7 +59,7 @@ def test_fetch_tells_where_the_weights_are(capsys: pytest.CaptureFixture[str], m
             report(1, 2, "downloading")
         return Path("/there", subject.name)
 
-    monkeypatch.setattr(weights, "fetch", here)
+    monkeypatch.setattr(fetching, "fetch", here)
     assert run("fetch", "gemma-3-270m", "qwen3-1.7b") == 0
     assert capsys.readouterr().out.splitlines() == [
         "gemma-3-270m: /there/gemma-3-270m",
