@@ -234,7 +234,8 @@ def suite(imported, pytester, monkeypatch, tmp_path) -> Suite:
     for name in ("CI", "BUILD_NUMBER"):  # where pytest finds one of them, it repeats each message uncut in its summary
         monkeypatch.delenv(name, raising=False)
     monkeypatch.syspath_prepend(pytester.path)
-    for name in ("lab.subjects.loading", "lab.subjects.several_devices", "torch"):  # toy_world replaces them; this restores them
+    # toy_world replaces them; this restores them
+    for name in ("lab.subjects.loading", "lab.subjects.several_devices", "torch"):
         monkeypatch.setitem(sys.modules, name, None)
     toy_world(pytester.path, monkeypatch.setattr)
     experiments.experiment.cache_clear()
