@@ -20,11 +20,11 @@ from lab.statistics.spectra import (
     circuit_energies,
     effective_rank_of_gram,
     gram,
-    participation_ratio,
     singular_values,
     subspace_overlap,
     top_right_subspace,
 )
+from lab.statistics.spectrum_size import participation_ratio
 from lab.statistics.storage_grid import levels, rounded_again, rounding_share, steps
 from lab.store import Arrays, Sweep
 from lab.subjects.loading import LoadedSubject
