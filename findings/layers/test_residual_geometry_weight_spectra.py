@@ -12,7 +12,7 @@ def test_weight_rank_does_not_predict_dimension(residual_geometry, weight_spectr
     Published as r = 0.157, p = 0.36; its stored files give 0.264 and 0.12. Mean over the layer's
     matrices of the participation ratio of squared singular values, over the largest possible rank.
     """
-    rank = weight_spectra.mean("effective_rank_ratio").mean("matrix").values
+    rank = weight_spectra.ratio.mean("matrix").values
     assert pearsonr(rank, residual_geometry.participation_ratio.values[1:]).pvalue > 0.05
 
 
@@ -32,5 +32,5 @@ def test_weight_rank_does_not_predict_robust_dimension(residual_geometry, weight
 
     Without the massive tokens that make the published profile; a chance relation could hide behind them.
     """
-    rank = weight_spectra.mean("effective_rank_ratio").mean("matrix").values
+    rank = weight_spectra.ratio.mean("matrix").values
     assert pearsonr(rank, residual_geometry.robust_participation_ratio.values[1:]).pvalue > 0.05
