@@ -200,7 +200,7 @@ def test_a_worker_that_would_measure_something_else_is_refused(subject, cluster,
             RuntimeError(
                 "Version mismatch: The cluster was started with:\n    Ray: 2.9.0\nThis process:\n    Ray: 2.60.0\n"
             ),
-            "Version mismatch: The cluster has: Ray: 2.9.0 This process: Ray: 2.60.0",
+            "Version mismatch: The cluster was started with: Ray: 2.9.0 This process: Ray: 2.60.0",
         ),
         (ConnectionError("Could not find any running Ray instance."), "Could not find any running Ray instance."),
     ],
