@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from lab import experiments, published
+from lab.subjects import catalog
+from lab.subjects.weights import fetch_command, location
 
 EXPERIMENT = """
     import json, os
@@ -243,6 +245,16 @@ def suite(imported, pytester, monkeypatch, tmp_path) -> Suite:
     yield Suite(pytester)
     experiments.experiment.cache_clear()
     published._document.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """The safetensors and the tokenizer of SmolLM2-135M-Instruct, as they are stored."""
+    subject = catalog.facts("smollm2-135m-instruct")
+    here = location(subject)
+    if here is None:
+        pytest.skip(f"the weights of {subject.name} are not here; {fetch_command(subject)}")
+    return here
 
 
 PEERS = Path(__file__).with_name("peers.py")

@@ -23,7 +23,6 @@ from lab.statistics.spectra import Spectrum, hill, singular_values
 from lab.store import Sweep
 from lab.subjects.catalog import facts
 from lab.subjects.loading import load
-from lab.subjects.weights import fetch_command, location
 
 pytestmark = pytest.mark.calibration
 
@@ -46,26 +45,18 @@ FLOAT32 = {"atol": 2e-4, "rtol": 5e-5}
 
 
 @pytest.fixture(scope="module")
-def folder():
-    subject = facts("smollm2-135m-instruct")
-    here = location(subject)
-    if here is None:
-        pytest.skip(f"the weights of {subject.name} are not here; {fetch_command(subject)}")
-    return here
-
-
-@pytest.fixture(scope="module")
-def texts(folder):
+def texts(smollm2_folder):
     """Token ids and targets, which ours read from the same corpus."""
     return sample(load_corpus(facts("smollm2-135m-instruct"), None), PROMPTS, TOKENS).texts
 
 
 @pytest.fixture(scope="module", params=["transformer_lens", "nnsight"])
-def peer(request, ask, folder, texts):
+def peer(request, ask, smollm2_folder, texts):
     """What another implementation says about these tokens."""
     asked = [{"ids": text.ids, "targets": text.targets} for text in texts]
     return ask(
-        request.param, {"model": str(folder), "texts": asked, "layers": KNOCKED_OUT, "compare": True, "rounds": 1}
+        request.param,
+        {"model": str(smollm2_folder), "texts": asked, "layers": KNOCKED_OUT, "compare": True, "rounds": 1},
     )
 
 
@@ -79,7 +70,7 @@ def targets(peer, texts):
 
 
 @pytest.fixture(scope="module")
-def subject(folder):
+def subject(smollm2_folder):
     return load(facts("smollm2-135m-instruct"), "float32")
 
 
@@ -184,7 +175,7 @@ def test_biased_alignment_is_the_textbook_one(clouds):
 # ---- weights
 
 
-def test_spectra_are_those_of_weightwatcher(folder, tmp_path, monkeypatch):
+def test_spectra_are_those_of_weightwatcher(smollm2_folder, tmp_path, monkeypatch):
     """Its float64 SVD against our float64 Gram matrices, the first of a condition number of 50,000: s_k within 1e-6.
 
     Its entropy adds a small constant to each share. Its exponent is Hill's on the tail that it finds best; ours is
@@ -195,7 +186,7 @@ def test_spectra_are_those_of_weightwatcher(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it writes images where it is
     chosen = ((0, "self_attn.q_proj"), (7, "self_attn.k_proj"), (15, "self_attn.v_proj"), (29, "mlp.down_proj"))
     model = torch.nn.Sequential()
-    with safe_open(folder / "model.safetensors", "pt") as tensors:
+    with safe_open(smollm2_folder / "model.safetensors", "pt") as tensors:
         for layer, name in chosen:
             weight = tensors.get_tensor(f"model.layers.{layer}.{name}.weight").float()
             model.append(torch.nn.Linear(*weight.shape[::-1], bias=False)).requires_grad_(False)

@@ -6,8 +6,6 @@ from safetensors import safe_open
 
 from lab.quantization.libraries import TorchAO
 from lab.quantization.rounding import Rounding
-from lab.subjects.catalog import facts
-from lab.subjects.weights import fetch_command, location
 
 pytestmark = pytest.mark.calibration
 
@@ -15,13 +13,9 @@ MATRICES = ((0, "self_attn.q_proj"), (7, "self_attn.k_proj"), (15, "self_attn.v_
 
 
 @pytest.fixture(scope="module")
-def matrices():
+def matrices(smollm2_folder):
     """Weights [out, in] in float32, as they are stored."""
-    subject = facts("smollm2-135m-instruct")
-    folder = location(subject)
-    if folder is None:
-        pytest.skip(f"the weights of {subject.name} are not here; {fetch_command(subject)}")
-    with safe_open(folder / "model.safetensors", "pt") as tensors:
+    with safe_open(smollm2_folder / "model.safetensors", "pt") as tensors:
         return [tensors.get_tensor(f"model.layers.{layer}.{name}.weight").float() for layer, name in MATRICES]
 
 

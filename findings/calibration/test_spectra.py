@@ -27,8 +27,6 @@ from lab.statistics.spectra import (
     top_right_subspace,
 )
 from lab.statistics.storage_grid import levels, rounded_again, rounding_share, steps
-from lab.subjects.catalog import facts
-from lab.subjects.weights import fetch_command, location
 
 pytestmark = pytest.mark.calibration
 
@@ -301,13 +299,9 @@ def test_rounding_again_moves_ranks_as_rounding_did():
 
 
 @pytest.fixture
-def stored():
+def stored(smollm2_folder):
     """Reads a matrix of SmolLM2-135M-Instruct from its file."""
-    subject = facts("smollm2-135m-instruct")
-    folder = location(subject)
-    if folder is None:
-        pytest.skip(f"the weights of {subject.name} are not here; {fetch_command(subject)}")
-    with safe_open(folder / "model.safetensors", "np") as tensors:
+    with safe_open(smollm2_folder / "model.safetensors", "np") as tensors:
         yield lambda layer, name: tensors.get_tensor(f"model.layers.{layer}.{name}.weight")
 
 

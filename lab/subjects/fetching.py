@@ -34,7 +34,8 @@ def fetch(facts: Facts, report: Report | None = None) -> Path:
         report: called as `report(done, total, what)`.
 
     Raises:
-        UserError: a source cannot be reached, a digest is wrong, an adapter is not here, or the disk is full.
+        UserError: a source cannot be reached, a digest is wrong, an adapter is not here or not the
+            manifest's, or the disk is full.
     """
     here = location(facts)
     if here is not None:
@@ -80,18 +81,16 @@ def _convert(facts: Facts, source: Wheels | Local, report: Report) -> Path:
 
 
 def _adapt(facts: Facts, source: Adapted, report: Report) -> Path:
+    from lab.subjects.loading import load
+    from lab.training.checkpoints import require_adapters, save_merged
+
     base = catalog.facts(source.base)
+    require_adapters([source.specimen])
     fetch(base, report)
     folder = adapted_folder(facts)
-    if folder is None:
-        raise UserError(
-            f"the adapter {source.specimen} is not here; make it with `python -m lab train {source.specimen}`"
-        )
+    assert folder is not None, "base and adapter are here"
 
     def build(building: Path) -> None:
-        from lab.subjects.loading import load
-        from lab.training.checkpoints import save_merged
-
         report(0, 1, f"merging the adapter into {base.name}")
         save_merged(load(base, "bfloat16"), [source.specimen], building)
 

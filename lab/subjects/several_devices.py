@@ -8,6 +8,7 @@ little beside the layer itself: for 16,384 tokens of width 4096 that is 0.27 GB,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from torch import nn
 from lab.errors import UserError
 from lab.subjects import loading
 from lab.subjects.anatomy import Decoder
+from lab.subjects.configuration import safetensors_of, tensor_shapes
 from lab.subjects.facts import Facts
 from lab.subjects.loading import DTYPES, LoadedSubject
 from lab.subjects.products import WIDE
@@ -121,17 +123,8 @@ def _free_memory() -> list[int]:
 
 def _weight_bytes(facts: Facts, dtype: torch.dtype) -> int:
     """Bytes that the weights will take, from the sizes of the files, which may hold another dtype."""
-    from safetensors import safe_open
-
-    total = 0
-    for path in required_location(facts).glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                count = 1
-                for length in file.get_slice(name).get_shape():
-                    count *= length
-                total += count * dtype.itemsize
-    return total
+    files = safetensors_of(required_location(facts))
+    return dtype.itemsize * sum(math.prod(shape) for file in files for shape in tensor_shapes(file).values())
 
 
 def _bytes(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from lab import files, paths
+from lab.adapters.names import WEIGHTS
 from lab.errors import UserError
 from lab.subjects import configuration
 from lab.subjects.catalog import catalog
@@ -15,7 +16,6 @@ from lab.subjects.facts import Adapted, Facts, Hub, Local, Wheels
 from lab.subjects.gguf import CONVERSION
 
 MANIFEST = "manifest.json"
-ADAPTER = "adapter_model.safetensors"  #: peft's name of an adapter's weights
 
 #: entries of a configuration that say who wrote it, not what the model computes
 _INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
@@ -98,7 +98,7 @@ def adapted_folder(facts: Facts) -> Path | None:
     """Where a subject with an adapter merged into it lies, or would lie; None without its base or the adapter."""
     assert isinstance(facts.source, Adapted)
     base = location(catalog()[facts.source.base])
-    adapter = paths.DATA / "specimens" / facts.source.specimen / ADAPTER
+    adapter = paths.DATA / "specimens" / facts.source.specimen / WEIGHTS
     if base is None or not adapter.is_file():
         return None
     identity = hashlib.sha256(f"{weights_digest(base)}\0{files.sha256(adapter)}".encode()).hexdigest()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from lab.adapters import lora
-from lab.errors import UserError
+from lab.errors import NotApplicable, UserError
 from lab.subjects.catalog import facts
 from lab.subjects.loading import LoadedSubject, load
 from lab.training import specimens
-from lab.training.recipes import Recipe, recipe
+from lab.training.recipes import Recipe
 
 
 def write_checkpoint(one: Recipe, folder: Path) -> Path:
@@ -22,10 +23,20 @@ def write_checkpoint(one: Recipe, folder: Path) -> Path:
     if folder.exists():
         raise UserError(f"{folder} is there already; remove it or choose another folder")
     names = [one.name] if one.base is None else [one.base, one.name]
-    for name in names:
-        if (found := specimens.problem(recipe(name))) is not None:
-            raise UserError(f"the adapter {name} {found}; make it with `python -m lab train {name}`")
+    require_adapters(names)
     return save_merged(load(facts(one.subject), "bfloat16"), names, folder)
+
+
+def require_adapters(names: Sequence[str]) -> None:
+    """Refuse adapters that are not here, or not those of the manifest.
+
+    Raises:
+        UserError: names the first, and the command that makes it.
+    """
+    try:
+        specimens.require(names)
+    except NotApplicable as error:  # a claim would be skipped; whoever asks for a model is told
+        raise UserError(str(error)) from error
 
 
 def save_merged(subject: LoadedSubject, names: list[str], folder: Path) -> Path:

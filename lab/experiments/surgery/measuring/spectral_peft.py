@@ -74,7 +74,8 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     with lora.merged(decoder, lora.read_factors(decoder, folders[family["base"]])):
         readings = _readings(decoder, material, folders, list(planned), sweep)
         weights = _weights(decoder, {run: adapters[run] for run in planned if run.seed == 0 and planned[run][0]}, sweep)
-    return _Assembly(planned, readings, weights, adapters, decoder, material).dataset(
+    assembly = _Assembly(planned, readings, weights, adapters, decoder, material)
+    return assembly.dataset(
         {
             "rank_scale": family["rank_scale"],
             "rates": asdict(rates),
@@ -83,6 +84,7 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
             "batch": family["batch"],
             "warmup_steps": family["warmup"],
             "prefix_kept": False,
+            "trained_on": sorted({log["device"] for log in assembly.logs.values()}),
         }
     )
 
