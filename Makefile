@@ -13,7 +13,7 @@ ATLAS = $(BIN)/python -m lab report --output $(RESULTS)/atlas
 WRITE_RESULTS = --verdicts $(RESULTS)/verdicts.json --drift $(RESULTS)/drift.json \
 	--summary $(RESULTS)/summary.md --junitxml $(RESULTS)/junit.xml
 
-.PHONY: findings test gpu atlas lint bench peers alarms faults fuzz install clean
+.PHONY: findings test gpu atlas lint bench peers alarms faults fuzz mutants install clean
 
 # Audit every claim on the published figures and measure the subjects; verdict table and atlas are the result.
 findings: $(INSTALLED)
@@ -63,6 +63,10 @@ faults: $(INSTALLED)
 # Damaged files of every kind that a user hands over, 1,400 of each: read or refused in one line.
 fuzz: $(INSTALLED)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python findings/calibration/fuzzing.py all --cases 1400
+
+# Small mistakes in the instruments and statistics, ten in each module: the tests must notice. An hour, no weights.
+mutants: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python findings/calibration/mutating.py $(OPTIONS)
 
 install: $(INSTALLED)
 
