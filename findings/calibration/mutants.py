@@ -34,6 +34,8 @@ PAIRS = (
 )  # fmt: skip
 NAMES = {**dict(PAIRS), **{second: first for first, second in PAIRS}}
 AXES = {"axis", "dim", "axes"}
+#: functions of which the order of arguments does not matter
+COMMUTATIVE = {"min", "max", "minimum", "maximum", "isclose", "allclose", "gcd", "hypot"}
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,7 @@ def mutants_of(root: Path, module: str) -> list[Mutant]:
         for mistake in list(mistakes(function)):
             with mistake.made():
                 code = attempt(tree, path).get(key)
-            if (
-                code is None
-                or code in known
-                or code.co_freevars != original[key].co_freevars
-                or same(code, original[key])
-            ):
+            if code is None or code in known or not _may_replace(code, original[key]):
                 continue
             known.add(code)
             words = name, mistake.statement, short(mistake.before), short(mistake.after)
@@ -154,6 +151,10 @@ def codes(code: CodeType) -> dict[tuple[str, int], CodeType]:
             found[constant.co_qualname, constant.co_firstlineno] = constant
             found |= codes(constant)
     return found
+
+
+def _may_replace(code: CodeType, original: CodeType) -> bool:
+    return code.co_freevars == original.co_freevars and not same(code, original)
 
 
 def same(one: CodeType, other: CodeType) -> bool:
@@ -332,7 +333,8 @@ def _holds_number(node: ast.expr | None) -> bool:
 def _calls(node: ast.Call) -> Iterator[ast.expr]:
     """Arguments swapped; a range's ends moved; a function of one argument left out where it only transforms."""
     starred = any(isinstance(argument, ast.Starred) for argument in node.args)
-    if len(node.args) >= 2 and not starred:
+    called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if len(node.args) >= 2 and not starred and called not in COMMUTATIVE:
         yield changed(node, args=[node.args[1], node.args[0], *node.args[2:]])
     match node:
         case ast.Call(func=ast.Name("range")) if not starred:
@@ -343,9 +345,7 @@ def _calls(node: ast.Call) -> Iterator[ast.expr]:
             yield argument
         case ast.Call(func=ast.Attribute(attr="abs" | "sqrt" | "square" | "sort", value=ast.Name()), args=[argument]):
             yield argument
-        case ast.Call(
-            func=ast.Attribute(attr="abs" | "sqrt" | "square" | "T" | "clone" | "copy", value=value), args=[]
-        ):
+        case ast.Call(func=ast.Attribute(attr="abs" | "sqrt" | "square" | "clone" | "copy", value=value), args=[]):
             yield value
 
 
@@ -354,9 +354,8 @@ def _is_axis(place: Place) -> bool:
 
 
 def _negated(node: ast.expr) -> ast.expr:
-    return (
-        node.operand if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not) else ast.UnaryOp(ast.Not(), node)
-    )
+    is_negation = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+    return node.operand if is_negation else ast.UnaryOp(ast.Not(), node)
 
 
 def changed(node: Any, **fields: object) -> Any:

@@ -59,6 +59,17 @@ def test_nothing_is_found_where_nothing_is():
     assert np.mean(found) <= 0.06
 
 
+def test_half_widths_of_known_shares():
+    """Two even shares of 100 problems: 1.96 standard errors of 0.0707; shares of 0.1 and 0.8: by Wald's formula."""
+    assert difference_half_width(0.5, 0.5, 100) == pytest.approx(1.96 * 0.0707107, rel=1e-4)
+    assert difference_half_width(0.1, 0.8, 100) == pytest.approx(1.96 * 0.05, rel=1e-4)
+    assert difference_half_width(1.0, 0.0, 7) == 0
+
+
+def test_the_best_case_has_no_direction():
+    assert best_case_p_value(179, 186) == best_case_p_value(186, 179)
+
+
 @settings(max_examples=20)
 @given(st.floats(0.1, 0.9), st.integers(10, 1000))
 def test_half_widths_shrink_with_the_root_of_the_problems(share, problems):
