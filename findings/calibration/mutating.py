@@ -22,6 +22,7 @@ import importlib
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -242,15 +243,23 @@ class Run:
         return self._sound[test]
 
     def _patience(self, tests: list[str]) -> dict[str, float]:
-        return {test: self._plan.margin + PATIENCE * self._reach[test].seconds for test in tests}
+        """How long each test may take; the first that runs builds the file's fixtures, whichever did before."""
+        slowest: defaultdict[str, float] = defaultdict(float)
+        for name, each in self._reach.items():
+            slowest[file_of(name)] = max(slowest[file_of(name)], each.seconds)
+        return {
+            test: self._plan.margin + PATIENCE * self._reach[test].seconds + 2 * slowest[file_of(test)]
+            for test in tests
+        }
 
     @functools.cached_property
     def _sources(self) -> str:
         """Of all that is imported and no test."""
-        folders = {module.split("/")[0] for module in self._plan.traced} | {"fixtures"}
+        folders = sorted({module.split("/")[0] for module in self._plan.traced} | {"fixtures"})
         files = [path for folder in folders for path in _python_files(self._plan.root / folder)]
         return digest_of(
-            (str(path), path.read_text()) for path in [*files, *self._plan.root.rglob("findings/**/conftest.py")]
+            (str(path), path.read_text())
+            for path in [*files, *sorted(self._plan.root.rglob("findings/**/conftest.py"))]
         )
 
     @functools.cached_property
@@ -388,6 +397,7 @@ def _matching(root: Path, patterns: Iterable[str]) -> list[str]:
 
 def carried_out(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     """Run pytest around the plan; what it prints goes to a file, for so it also does from the forked processes."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and so ends the process that it has forked
     screen = os.fdopen(os.dup(1), "w")
     log = os.open(plan.work / "pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)

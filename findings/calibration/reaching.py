@@ -48,6 +48,7 @@ def _leads_group(process: int) -> bool:
 
 def _be_child(work: Callable[[Say], None], writing: int) -> None:
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))

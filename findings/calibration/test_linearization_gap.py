@@ -261,6 +261,15 @@ def test_pseudo_values_average_to_the_mean_over_pairs_and_vary_as_the_jackknife_
         pair_mean_pseudovalues(similarity[:2, :2])
 
 
+def test_pseudo_values_of_many_matrices_are_those_of_each():
+    points = normal(12, 9, 3, seed=31).numpy().reshape(2, 6, 9, 3)
+    similarity = points @ points.swapaxes(-1, -2)
+    values = pair_mean_pseudovalues(similarity)
+    assert values.shape == (2, 6, 9)
+    for place in np.ndindex(2, 6):
+        assert values[place] == pytest.approx(pair_mean_pseudovalues(similarity[place]))
+
+
 # ---- spectra
 
 

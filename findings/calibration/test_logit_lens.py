@@ -19,7 +19,7 @@ from lab.experiments.layers.logit_lens import Budget, LogitLens, measure
 from lab.records import Record
 from lab.residual.lens import Lens
 from lab.residual.lens_readings import update_similarity
-from lab.statistics.lens_figures import lens_figures
+from lab.statistics.lens_figures import _matched_difference, lens_figures
 from lab.store import Sweep
 from lab.subjects.anatomy import Decoder
 from lab.subjects.tiny import ARCHITECTURES, LAYERS, VOCABULARY, tiny
@@ -441,3 +441,15 @@ def test_published_means_follow_from_the_published_parts(figures):
     assert spread == pytest.approx(float(figures["crystallization_layer_std"]), abs=1e-3)
     by_type = (figures["token_type_mean_rank"] * weights).sum("token_type") / weights.sum()
     np.testing.assert_allclose(by_type, figures["lens_mean_rank"], rtol=1e-3)
+
+
+def test_differences_at_equal_surprisal_do_not_see_what_surprisal_explains():
+    """A value that grows with the tenth of surprisal, and is 3 larger in a group found mostly at high surprisal."""
+    generator = np.random.default_rng(0)
+    tenth = generator.permutation(np.repeat(np.arange(10), 100))
+    surprisal = tenth + generator.uniform(0, 0.5, 1000)  # so no tenth ends within another's values
+    group = generator.uniform(size=1000) < (tenth + 1) / 12
+    values = 10.0 * tenth + 3 * group
+    assert values[group].mean() - values[~group].mean() > 20
+    assert _matched_difference(values, group, surprisal) == pytest.approx(3)
+    assert math.isnan(_matched_difference(values[:0], group[:0], surprisal[:0]))
