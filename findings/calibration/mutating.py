@@ -197,6 +197,8 @@ class Run:
         self._plan, self._say = plan, say
         self._paths = {str(plan.root / module): module for module in plan.traced}
         self.outcomes: list[dict[str, Any]] = []
+        # before pytest reads the files: one that is changed later is then seen to be another the next time
+        self._digests = {test: digest_of([(plan.root / test).read_text()]) for test in plan.tests}
 
     def __call__(self, suite: Suite) -> None:
         """Try all mutants of the plan, module by module."""
@@ -261,10 +263,6 @@ class Run:
             (str(path), path.read_text())
             for path in [*files, *sorted(self._plan.root.rglob("findings/**/conftest.py"))]
         )
-
-    @functools.cached_property
-    def _digests(self) -> dict[str, str]:
-        return {test: digest_of([(self._plan.root / test).read_text()]) for test in self._plan.tests}
 
     def _known(self) -> dict[str, dict[str, Any]]:
         """Outcomes of an earlier run that still hold: killers are as they were, or no test of survivors is new."""

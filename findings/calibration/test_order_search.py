@@ -268,6 +268,47 @@ def test_blocks_undo_what_single_items_cannot():
     assert order_search.block_descent(Blocks(), (2, 3, 0, 1), largest_block=1) == (2, 3, 0, 1)
 
 
+class Table(Inversions):
+    """Losses of the orders that matter; any other is worse."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = known
+
+    def loss(self, order):
+        return self.known.get(order, 9.0)
+
+
+def test_distant_swaps_reach_both_ends_and_no_further_than_they_may():
+    """The first and the last of four items, three apart, have to change places at once."""
+    ends, start, home = Table({(3, 1, 2, 0): 1.0, (0, 1, 2, 3): 0.0}), (3, 1, 2, 0), (0, 1, 2, 3)
+    assert order_search.bubble(ends, start) == home
+    assert order_search.bubble(ends, start, reach=3) == home
+    assert order_search.bubble(ends, start, reach=2) == start
+    assert order_search.bubble(ends, start, sweeps=0) == start
+
+
+def test_so_many_passes_and_sweeps_are_made():
+    """A pass from left to right takes item 4 one place to the left; a sweep over places two apart is worked out."""
+    start = (0, 1, 2, 3, 5, 6, 4)
+    fallen = (0, 1, 2, 3, 5, 4, 6)
+    assert order_search.bubble(Inversions(), start, passes=1, sweeps=0) == fallen
+    assert order_search.bubble(Inversions(), start, passes=2, sweeps=0) == tuple(range(7))
+    # (4, 3, 2, 1, 0) -> (2, 3, 4, 1, 0) -> (2, 1, 4, 3, 0) -> (2, 1, 0, 3, 4); the next sweep needs its first swap only
+    falling = (4, 3, 2, 1, 0)
+    assert order_search.bubble(Inversions(), falling, passes=0, sweeps=1, reach=2) == (2, 1, 0, 3, 4)
+    assert order_search.bubble(Inversions(), falling, passes=0, sweeps=None, reach=2) == (0, 1, 2, 3, 4)
+
+
+def test_reinsertion_moves_no_further_than_it_may():
+    """The last of four items belongs to the beginning, and no move of fewer than three places helps."""
+    far, start, home = Table({(1, 2, 3, 0): 1.0, (0, 1, 2, 3): 0.0}), (1, 2, 3, 0), (0, 1, 2, 3)
+    assert order_search.reinsertion(far, start, reach=3) == home
+    assert order_search.reinsertion(far, start) == home
+    assert order_search.reinsertion(far, start, reach=2) == start
+    assert order_search.reinsertion(far, start, passes=0) == start
+
+
 def test_block_descent_leaves_out_what_was_in_vain():
     """Sorting by neighbours: 11 trials, at most two for each of four inversions, and 11 to see that nothing is left.
 
