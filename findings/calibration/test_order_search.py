@@ -300,6 +300,34 @@ def test_so_many_passes_and_sweeps_are_made():
     assert order_search.bubble(Inversions(), falling, passes=0, sweeps=None, reach=2) == (0, 1, 2, 3, 4)
 
 
+def test_proposals_are_near_as_often_as_they_shall_be():
+    """At no temperature worth the name nothing is accepted, so that every trial is one swap away from the beginning."""
+
+    class Uphill(Inversions):
+        def differences(self, base, trials, margins=0.0):
+            for trial in trials:
+                i, j = np.flatnonzero(np.array(trial) != np.arange(20))
+                distances.append(min(j - i, 20 - (j - i)))
+            return np.ones(len(trials))
+
+    for near, expected in ((1.0, [0.5, 0.5, 0]), (0.0, [2 / 19, 2 / 19, 15 / 19]), (0.5, [0.303, 0.303, 0.395])):
+        distances: list[int] = []
+        order_search.annealing(Uphill(), tuple(range(20)), proposals=3000, temperature=1e-6, near=near)
+        shares = [
+            np.mean(np.array(distances) == 1),
+            np.mean(np.array(distances) == 2),
+            np.mean(np.array(distances) > 2),
+        ]
+        assert shares == pytest.approx(expected, abs=0.03)
+
+
+def test_blocks_of_different_sizes_are_exchanged():
+    """The first of three items belongs to the end: an exchange of one item with a block of two."""
+    losses = Table({(2, 0, 1): 1.0, (0, 1, 2): 0.0})
+    assert order_search.block_descent(losses, (2, 0, 1)) == (0, 1, 2)
+    assert order_search.block_descent(losses, (2, 0, 1), largest_block=1) == (2, 0, 1)
+
+
 def test_reinsertion_moves_no_further_than_it_may():
     """The last of four items belongs to the beginning, and no move of fewer than three places helps."""
     far, start, home = Table({(1, 2, 3, 0): 1.0, (0, 1, 2, 3): 0.0}), (1, 2, 3, 0), (0, 1, 2, 3)
@@ -337,3 +365,13 @@ def test_moves_are_permutations_with_the_right_ends(n, data):
         exchanged = order_search.blocks_exchanged(start, first, second)(order)
         assert exchanged[start : start + second] == tuple(range(start + first, start + first + second))
         assert sorted(exchanged) == list(order)
+
+
+def test_paths_are_shortened_at_their_ends_too():
+    """Four points on a line, of which the last two change places."""
+    line = np.abs(np.subtract.outer(np.arange(4.0), np.arange(4.0)))
+    assert seriation.two_opt(line, [0, 1, 3, 2]) == [0, 1, 2, 3]
+
+
+def test_points_without_distance_stay_in_order():
+    assert seriation.fiedler(np.zeros((3, 3))) == [0, 1, 2]

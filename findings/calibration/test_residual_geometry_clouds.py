@@ -91,6 +91,7 @@ def test_a_planted_spectrum_gives_its_dimension_shares_and_rank(p, a, q, b):
     spectrum = [a] * p + [b] * q
     flat = np.exp(np.mean(np.log(spectrum))) / np.mean(spectrum)
     assert float(spectral_flatness(np.array([*spectrum, 0.0]))) == pytest.approx(flat)
+    assert float(spectral_flatness(np.array([2.0, 2.0, 0.0]), floor=0)) == pytest.approx(1)  # what is above the floor
 
 
 @pytest.mark.parametrize("removed", [1, 2])

@@ -326,3 +326,21 @@ def test_spectra_are_those_of_numpys_svd_on_stored_matrices(stored):
         assert found.values[0] == pytest.approx(plain.values[0], rel=1e-6)
         assert statistics(found)[:3] == pytest.approx(statistics(plain)[:3], rel=1e-6)
         assert found.condition_number == pytest.approx(plain.condition_number, rel=1e-3)
+
+
+def test_the_tail_is_a_tenth_and_at_least_two():
+    """The four largest of 40 energies are 8, 4, 2 and 1: alpha = 1 + 4 / (ln 8 + ln 4 + ln 2)."""
+    energies = np.r_[8.0, 4, 2, 1, np.full(36, 0.5)]
+    assert Spectrum(np.sqrt(energies), 40, 50).tail_exponent == pytest.approx(1 + 4 / (6 * np.log(2)))
+    assert Spectrum(np.sqrt([9.0, 3, 1]), 3, 3).tail_exponent == pytest.approx(1 + 2 / np.log(3))
+    assert np.isnan(Spectrum(np.array([2.0]), 1, 1).tail_exponent)
+
+
+def test_a_circuit_of_one_direction_has_one_energy():
+    """A'B with all rows of A equal; the eigenvalues of AA' that should be 0 come out on either side of it."""
+    for seed in range(5):
+        generator = np.random.default_rng(seed)
+        first, second = np.tile(generator.normal(size=7), (6, 1)), generator.normal(size=(6, 9))
+        energies = circuit_energies(first, second)
+        assert energies[0] == pytest.approx(np.square(first.T @ second).sum())
+        assert energies[1:] == pytest.approx(0, abs=1e-9 * energies[0])
