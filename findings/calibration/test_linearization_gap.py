@@ -282,6 +282,14 @@ def test_ranks_of_flat_and_of_single_spectra():
     assert participation_ratio(np.eye(1, 100)[0]) == pytest.approx(1)
 
 
+def test_ranks_of_a_falling_spectrum_in_any_order():
+    """Of 8, 1, 1 the first holds 0.8 of the sum, two 0.9, and of the leading two the first 0.89."""
+    values = np.array([1.0, 8, 1])
+    assert [effective_rank(values, share) for share in (0.79, 0.81, 0.91)] == [1, 2, 3]
+    assert [effective_rank(values, share, leading=2) for share in (0.88, 0.9)] == [1, 2]
+    assert participation_ratio(values) == pytest.approx(100 / 66)
+
+
 # ---- real layers
 
 

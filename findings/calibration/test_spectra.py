@@ -344,3 +344,13 @@ def test_a_circuit_of_one_direction_has_one_energy():
         energies = circuit_energies(first, second)
         assert energies[0] == pytest.approx(np.square(first.T @ second).sum())
         assert energies[1:] == pytest.approx(0, abs=1e-9 * energies[0])
+
+
+def test_a_value_that_was_rounded_twice_is_one_value():
+    """A grid of step 5 up to 75: two values 0.00001 apart are no step, and a step may be larger than 1."""
+    row = (5 * np.arange(16)).astype(np.float32)[None]
+    row[0, 3] = row[0, 2] + np.float32(1e-5)
+    assert row[0, 3] > row[0, 2]
+    assert steps(row).tolist() == [[5.0]]
+    assert levels(row, steps(row)) == 16
+    assert rounding_share(row, steps(row)) == pytest.approx(16 * 25 / 12 / np.square(row.astype(float)).sum())
