@@ -101,6 +101,15 @@ def test_beginnings_of_orders_compete(losses):
     assert best == int(np.argmin(apart))
 
 
+def test_construction_goes_on_from_what_it_has(losses):
+    """After (2, 0) and three thirds, (2, 0, 1) and two fourths run the 1 again, and two layers; nothing before."""
+    tokens = 8 + 2 * 10
+    losses.lowest([(2, 0, layer) for layer in (1, 3, 4)])
+    assert losses.layer_tokens == (2 + 3) * tokens
+    losses.lowest([(2, 0, 1, layer) for layer in (3, 4)])
+    assert losses.layer_tokens == (2 + 3 + 1 + 2) * tokens
+
+
 def test_a_race_gives_up_losers_only(subject):
     """What is worse on the first stage is read no further; a margin, or being better, keeps it in."""
     worse, better = tuple(range(LAYERS)), tuple(reversed(range(LAYERS)))
@@ -113,6 +122,19 @@ def test_a_race_gives_up_losers_only(subject):
     assert first != pytest.approx(whole, abs=1e-4)
     assert racing.differences(better, [worse], first + 1)[0] == pytest.approx(whole, abs=1e-6)
     assert racing.differences(worse, [better])[0] == pytest.approx(-whole, abs=1e-6)
+
+
+def test_construction_reads_no_further_when_one_is_left(subject):
+    """All but the best have lost after the first stage; a trial without others is read to the end."""
+    trials = [(2, 0, layer) for layer in (1, 3, 4)]
+    opening, racing, patient = raced(subject, stages=1), raced(subject, z=1e-9), raced(subject)
+    best, values = racing.lowest(trials)
+    first_best, first = opening.lowest(trials)
+    assert best == first_best
+    assert values == pytest.approx(first, abs=1e-6)
+    assert patient.lowest(trials)[1] != pytest.approx(first, abs=1e-4)
+    assert racing.layer_tokens == opening.layer_tokens < patient.layer_tokens
+    assert racing.lowest(trials[:1])[1] == pytest.approx([patient.loss(trials[0])], abs=1e-6)
 
 
 def test_an_order_without_a_finite_loss_has_lost():
