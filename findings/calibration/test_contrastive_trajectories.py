@@ -155,6 +155,17 @@ def test_swapping_the_completions():
     assert np.allclose(first.kl_divergence, second.reverse_kl_divergence, atol=1e-5)
 
 
+def test_chunks_hold_as_many_pairs_as_rows_allow():
+    """Three rows at most: pairs that share rows go together, and each pair stands in one chunk with all its rows."""
+    lens = PairLens(Decoder(tiny("llama")))
+    lens.chunk_rows = 3
+    needed = np.array([[0, 1, 0, 4, 6, 6], [1, 2, 2, 5, 7, 7]])
+    chunks = [(pairs.tolist(), rows.tolist()) for pairs, rows in lens._chunks(needed)]
+    assert chunks == [([0, 1, 2], [0, 1, 2]), ([3], [4, 5]), ([4, 5], [6, 7])]
+    lens.chunk_rows = 1  # a pair needs two: one pair at a time
+    assert [pairs.tolist() for pairs, _ in lens._chunks(needed[:, :2])] == [[0], [1]]
+
+
 def test_readings_of_chunks_are_those_of_one():
     """However few rows of logits are held at once, pairs stay together."""
     decoder, layout = Decoder(tiny("qwen2")), random_layout()

@@ -6,7 +6,7 @@ import torch
 
 from lab.corpora.batches import TokenText, token_batches
 from lab.errors import UserError
-from lab.residual.order_losses import LayerOrderLosses
+from lab.residual.order_losses import LayerOrderLosses, _Race
 from lab.residual.plain import layers_exchanged, token_losses
 from lab.subjects.tiny import LAYERS, VOCABULARY, loaded, tiny
 
@@ -135,6 +135,21 @@ def test_construction_reads_no_further_when_one_is_left(subject):
     assert patient.lowest(trials)[1] != pytest.approx(first, abs=1e-4)
     assert racing.layer_tokens == opening.layer_tokens < patient.layer_tokens
     assert racing.lowest(trials[:1])[1] == pytest.approx([patient.loss(trials[0])], abs=1e-6)
+
+
+def test_errors_of_running_means_are_standard_errors():
+    """In two stages, of one trial that goes on and one that is left out; what does not vary has none, or a rounding."""
+    values = np.random.default_rng(0).normal(size=(2, 9))
+    race = _Race(2)
+    race.add(values[:, :4])
+    race.drop(np.array([False, True]))
+    race.add(values[:1, 4:])
+    assert race.mean == pytest.approx([values[0].mean(), values[1, :4].mean()])
+    assert race.error == pytest.approx([values[0].std(ddof=1) / 3, values[1, :4].std(ddof=1) / 2])
+    for constant in np.linspace(0.1, 3, 30):
+        race = _Race(1)
+        race.add(np.full((1, 7), constant))
+        assert race.error == pytest.approx([0], abs=1e-7)
 
 
 def test_an_order_without_a_finite_loss_has_lost():
