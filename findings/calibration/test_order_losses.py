@@ -49,6 +49,20 @@ def test_the_true_order_has_the_models_own_loss(subject, losses):
     assert losses.loss(true) == pytest.approx(own_loss(subject, true), abs=1e-5)
 
 
+def test_exchanged_layers_take_their_kind_of_attention_along():
+    """Gemma 3's kinds, window or all tokens, stand in the configuration; both are put back, also after an error."""
+    model = tiny("gemma3_text")
+    layers, kinds = list(model.model.layers), list(model.config.layer_types)
+    order = [1, 0, *range(2, LAYERS)]
+    assert kinds[0] != kinds[1]
+    with pytest.raises(KeyError), layers_exchanged(model, order):
+        assert list(model.model.layers) == [layers[layer] for layer in order]
+        assert model.config.layer_types == [kinds[layer] for layer in order]
+        raise KeyError
+    assert list(model.model.layers) == layers
+    assert model.config.layer_types == kinds
+
+
 def test_differences_are_those_of_the_models_own_forward():
     """Through kept beginnings of a base that changes, against layers exchanged in the model itself."""
     subject = loaded(tiny("llama"))
