@@ -157,3 +157,24 @@ def test_a_sweep_without_a_folder_keeps_nothing():
     count = iter(range(2))
     sweep = Sweep()
     assert [int(sweep.shard("same", lambda: {"x": np.array(next(count))})["x"]) for _ in range(2)] == [0, 1]
+
+
+def test_a_fresh_measurement_takes_over_nothing_of_an_interrupted_one(tmp_path):
+    """Not even shards, and though there is no record yet; none are left once the record is whole."""
+    store, parts = Store(tmp_path), {"a": 1}
+
+    def measure(value, fails):
+        def measured(sweep):
+            found = sweep.shard("part", lambda: {"x": np.array([value])})
+            if fails:
+                raise KeyboardInterrupt
+            return xr.Dataset({"x": ("n", found["x"])})
+
+        return measured
+
+    with pytest.raises(KeyboardInterrupt):
+        store.record("toy", parts, measure(1.0, fails=True))
+    assert store.path("toy", parts).with_suffix(".shards").exists()
+    assert store.record("toy", parts, measure(2.0, fails=False), fresh=True).x.values.tolist() == [2.0]
+    assert not store.path("toy", parts).with_suffix(".shards").exists()
+    assert store.record("toy", parts, measure(3.0, fails=True)).x.values.tolist() == [2.0]
