@@ -7,6 +7,9 @@ tests are imported once; every mutant lives in a forked process of its own, wher
 exchanged, so that nothing of it reaches the next one. Which tests run which lines is found out first, a process per
 file. What was found lies in the folder of `--work`, and a run that was stopped, or that has new tests, goes on from it.
 
+Why none of the packages: mutmut leaves out functions with decorators, which here are those under `no_grad` and the
+derived quantities of records, and cosmic-ray starts an interpreter, and imports PyTorch, for every mutant.
+
 A test that runs in a process of its own, or that needs weights, kills none. `survivors.toml` lists the mutants that
 may survive, with the reason: `equivalent` ones, which nothing could observe, do not count; `accepted` ones count as
 survivors. Exits with 1 if less than `--least` of the others are killed.
