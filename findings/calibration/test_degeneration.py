@@ -94,3 +94,8 @@ def test_healthy_text_raises_no_flag():
 def test_one_miss_or_five_percent_is_forgiven(tokens, missed, raised):
     """Generator and forward pass run different kernels, so a near tie may fall the other way."""
     assert degeneration.misses_greedy(round(1 - missed / tokens, 4), tokens) is raised
+
+
+def test_periods_of_loops_have_a_limit():
+    assert terminal_loop(list(range(64)) * 4) == (64, 256)
+    assert terminal_loop(list(range(65)) * 4) is None
