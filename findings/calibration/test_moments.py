@@ -30,6 +30,13 @@ def test_what_centring_changes_is_as_the_formula_says(ratio):
     assert layer_norm_change(x, torch.full((4,), 1.7), 0.0) == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_change_is_the_median_tokens():
+    """Means of 3, 1 and 0 times the spread, after a first token that does not count."""
+    signs = torch.tensor([1.0, -1, 1, -1])
+    x = torch.stack([1e4 + 0 * signs, 3 + signs, 1 + signs, signs])
+    assert layer_norm_change(x, torch.ones(4), 0.0) == pytest.approx(math.sqrt(2 - 2 / math.sqrt(2)), abs=1e-4)
+
+
 def test_extremes_of_heads_and_their_usual_size():
     """Two heads of two tokens after a first one that holds the extreme; roots of mean squares 1, 5, 3 and 4."""
     x = torch.tensor([[[-90.0, 0], [1, -1], [1, 7]], [[0, 0], [3, 3], [4, -4]]])  # [head, token, width]
@@ -40,10 +47,10 @@ def test_extremes_of_heads_and_their_usual_size():
 
 
 def test_scales_near_one():
-    found = scale_figures(torch.tensor([1.0, 1.05, 0.6, -1.0]))
-    assert found["mean"] == pytest.approx(1.65 / 4)
+    found = scale_figures(torch.tensor([1.0, 1.05, 1.02, 0.6, -1.0]))
+    assert found["mean"] == pytest.approx(2.67 / 5)
     assert (found["min"], found["max"]) == pytest.approx((-1, 1.05))
-    assert found["abs_deviation_from_one"] == pytest.approx((0 + 0.05 + 0.4 + 2) / 4)
-    assert (found["near_one_fraction"], found["within_50pct_fraction"]) == (0.5, 0.75)
-    variance = (1 + 1.05**2 + 0.36 + 1) / 4 - (1.65 / 4) ** 2
+    assert found["abs_deviation_from_one"] == pytest.approx((0 + 0.05 + 0.02 + 0.4 + 2) / 5)
+    assert (found["near_one_fraction"], found["within_50pct_fraction"]) == (0.6, 0.8)
+    variance = (1 + 1.05**2 + 1.02**2 + 0.36 + 1) / 5 - (2.67 / 5) ** 2
     assert found["std"] == pytest.approx(math.sqrt(variance))
