@@ -68,8 +68,9 @@ class CompletionLoss:
         self.chunk_rows = chunk_rows or rows_at_a_time(decoder)
         self.target_probability = target_probability
         self.reference = None if reference is None else self._scored(reference[None])[0]
-        alone = compiler is not None and reference is None and not target_probability
-        self._compiled = torch.compile(_target_log_probability, dynamic=True, backend=compiler) if alone else None
+        self._compiled = None
+        if compiler is not None and reference is None and not target_probability:
+            self._compiled = torch.compile(_target_log_probability, dynamic=True, backend=compiler)
 
     @torch.no_grad()
     def __call__(self, states: Tensor) -> dict[str, Tensor]:
