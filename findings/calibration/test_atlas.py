@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
+import lzma
 import re
 import shutil
 from dataclasses import replace
@@ -96,7 +96,7 @@ def build(shelf: Path, *fresh: Fresh) -> dict[str, str]:
 
 
 def test_every_recorded_verdict_is_there(committed: Results, atlas: dict[str, bytes]) -> None:
-    rows = list(csv.DictReader(io.StringIO(gzip.decompress(atlas["data/verdicts.csv.gz"]).decode())))
+    rows = list(csv.DictReader(io.StringIO(lzma.decompress(atlas["data/verdicts.csv.xz"]).decode())))
     told = {(row["subject"], row["condition"], row["claim"], row["where"]): row["verdict"] for row in rows}
     unstated = {claim for snapshot in committed.snapshots for claim in committed.unstated(snapshot)}
     known = {
@@ -111,7 +111,7 @@ def test_every_recorded_verdict_is_there(committed: Results, atlas: dict[str, by
 def test_every_recorded_number_can_be_downloaded(committed: Results, atlas: dict[str, bytes]) -> None:
     for name in {snapshot.address.experiment for snapshot in committed.snapshots}:
         mine = [one for one in committed.snapshots if one.address.experiment == name]
-        rows = list(csv.DictReader(io.StringIO(gzip.decompress(atlas[f"data/{name}.csv.gz"]).decode())))
+        rows = list(csv.DictReader(io.StringIO(lzma.decompress(atlas[f"data/{name}.csv.xz"]).decode())))
         numbers = [row for row in rows if row["low"] == row["high"] == ""]
         assert len(numbers) == sum(len(entry["values"]) for one in mine for entry in one.content["numbers"].values())
 
@@ -123,7 +123,7 @@ def test_intervals_are_downloaded_with_their_labels(shelf: Path) -> None:
     content["bands"] = {"loss_ratio": band | {"values": [1.0, 2.0, 1.5, 2.5]}}
     path.write_text(json.dumps(content))
     made = site.build(Results(statements(shelf / "findings"), snapshots()))
-    rows = list(csv.DictReader(io.StringIO(gzip.decompress(made["data/layer_knockout.csv.gz"]).decode())))
+    rows = list(csv.DictReader(io.StringIO(lzma.decompress(made["data/layer_knockout.csv.xz"]).decode())))
     found = [(row["labels"], row["low"], row["high"]) for row in rows if row["low"]]
     assert found == [("layer=3", "1.0", "1.5"), ("layer=4", "2.0", "2.5")]
 
