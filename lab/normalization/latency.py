@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lab.errors import UserError
+from lab.errors import UserError, first_line
 from lab.normalization.settings import Bench
 
 Result = TypeVar("Result")
@@ -74,7 +74,7 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         _backward(norm(inputs("rms_norm_compiled", GROUPS, 1, device, dtype)))
     except (RuntimeError, OSError, ImportError, SubprocessError) as error:
-        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return first_line(error)
     return None
 
 
