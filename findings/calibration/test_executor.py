@@ -285,8 +285,10 @@ def test_states_held_stay_within_the_budget(llama, batch, states_in_budget, monk
 
 
 def test_a_cuda_device_gives_half_of_its_free_memory(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 << 30, 80 << 30))
-    assert executor_module.memory_budget(torch.device("cuda:1")) == 35 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 14 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 << 30)
+    assert executor_module.memory_budget(torch.device("cuda:1")) == 35 << 30, "what PyTorch keeps unused is free too"
     assert executor_module.memory_budget(torch.device("cpu")) == 1 << 30
 
 

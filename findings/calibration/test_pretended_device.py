@@ -62,6 +62,8 @@ SMALLER = {
 CORPORA = {"linearization_gap": MANY, "layer_shuffle_recovery": ((7, 9), (5, 11)) * 5 + ((4, 6),)}
 #: what texts of one category, short decoders, and weights that lie on no grid do not have
 UNKNOWN = {"category_gap_p_value", "kendall_tau_late", "grid_levels"}
+#: NaN where a second series of calls disagrees, which on a busy machine all may
+DISTURBED = {"forward_latency", "backward_latency", "total_latency"}
 MEASURED_HERE = (
     "logit_lens",
     "layer_knockout",
@@ -187,7 +189,7 @@ def test_every_experiment_measures_on_the_device(device, name, tmp_path):
     corpus = random_corpus(CORPORA.get(name, LENGTHS))
     data = experiment(name).measure(subject, corpus, budget_of(name), Sweep())
     missing = [name for name, values in data.data_vars.items() if np.isnan(values.values).all()]
-    assert set(missing) <= UNKNOWN
+    assert set(missing) <= UNKNOWN | DISTURBED
     if name == "normalization":
         assert np.isfinite(data["qk_norm_removed_loss"]).all()
         assert data.sizes["norm_type"] == len(NORM_TYPES) - 1

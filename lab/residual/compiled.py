@@ -18,7 +18,7 @@ from lab.errors import first_line
 #: Parameters per layer from which compiling is worth its time: a smaller layer waits for its launches, not for memory.
 LEAST_PARAMETERS = 30_000_000
 
-Layer = Callable[..., Any]
+Function = Callable[..., Any]
 
 
 def layer_compiler(layers: Sequence[nn.Module], device: torch.device, wanted: bool) -> str | None:
@@ -27,45 +27,36 @@ def layer_compiler(layers: Sequence[nn.Module], device: torch.device, wanted: bo
     return "inductor" if wanted and device.type == "cuda" and parameters >= LEAST_PARAMETERS else None
 
 
-class CompiledLayers:
-    """Layers that are compiled when they are first called, once for all of them, for any number and length of texts.
+class Compiled:
+    """A function or layer that is compiled when it is first called, for any number and length of texts.
 
-    A layer with hooks runs as it is, since compiled code may not know hooks that came later. If the compiler fails, all
-    layers run as they are from then on, and a warning says so.
+    A layer with hooks runs as it is, since compiled code may not know hooks that came later. If the compiler fails, the
+    function runs as it is from then on, and a warning says so.
 
     Args:
-        layers: of a decoder.
+        function: layers of one class share what was compiled for the first of them.
         backend: of `torch.compile`: `inductor`, or for calibration `eager`, which traces and needs no compiler.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], backend: str):
-        self.backend = backend
-        self._compiled: list[Layer] | None = [torch.compile(layer, dynamic=True, backend=backend) for layer in layers]
-        self._layers = layers
+    def __init__(self, function: Function, backend: str):
+        self.function = function
+        self._compiled: Function | None = torch.compile(function, dynamic=True, backend=backend)
 
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __getitem__(self, index: int) -> Layer:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from torch._dynamo.exc import TorchDynamoException  # takes a second to import, and most runs need none of it
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self._compiled is None or _has_hooks(self._layers[index]):
-                return self._layers[index](*args, **kwargs)
-            try:
-                return self._compiled[index](*args, **kwargs)
-            except TorchDynamoException as error:
-                cause = getattr(error, "inner_exception", error)
-                warnings.warn(
-                    f"torch.compile fails on these layers ({first_line(cause)}); they run as they are",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                self._compiled = None
-                return self._layers[index](*args, **kwargs)
-
-        return call
+        if self._compiled is None or _has_hooks(self.function):
+            return self.function(*args, **kwargs)
+        try:
+            return self._compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            cause = getattr(error, "inner_exception", error)
+            message = f"torch.compile fails here ({first_line(cause)}); going on without it"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            self._compiled = None
+            return self.function(*args, **kwargs)
 
 
-def _has_hooks(layer: nn.Module) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+def _has_hooks(function: Function) -> bool:
+    modules = function.modules() if isinstance(function, nn.Module) else ()
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lab.corpora.batches import TokenBatch
 from lab.errors import UserError
 from lab.memory import keep_freed_memory
-from lab.residual.compiled import CompiledLayers
+from lab.residual.compiled import Compiled
 from lab.residual.programs import Program, Step
 from lab.residual.tree import Edge, Frontier, Node, layer_applications, prefix_tree
 from lab.subjects.anatomy import Decoder, hidden_of
@@ -90,7 +90,7 @@ class Executor:
         self.budget_bytes = budget_bytes or memory_budget(decoder.device)
         self.share_prefixes = share_prefixes
         self.compiler = compiler
-        self._layers = decoder.layers if compiler is None else CompiledLayers(decoder.layers, compiler)
+        self._layers = decoder.layers if compiler is None else [Compiled(layer, compiler) for layer in decoder.layers]
         if decoder.device.type == "cuda":
             avoid_plans_per_shape()
 
@@ -149,9 +149,13 @@ class Executor:
 def memory_budget(device: torch.device) -> int:
     """Bytes that a sweep may take on a device: half of a CUDA device's free memory, elsewhere 1 GiB.
 
-    The other half is left to logits, to kernels' workspaces, and to whoever shares the device.
+    The other half is left to logits, to kernels' workspaces, and to whoever shares the device. What PyTorch keeps of
+    an earlier sweep is free too: else the shapes of blocks would depend on what ran before.
     """
-    return int(torch.cuda.mem_get_info(device)[0]) // 2 if device.type == "cuda" else CPU_BUDGET_BYTES
+    if device.type != "cuda":
+        return CPU_BUDGET_BYTES
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (int(torch.cuda.mem_get_info(device)[0]) + kept) // 2
 
 
 def _is_roomy(device: torch.device, programs: int, capacity: int) -> bool:

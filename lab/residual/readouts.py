@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lab.corpora.batches import Positions, TokenBatch
+from lab.residual.compiled import Compiled
 from lab.subjects.anatomy import Decoder
 from lab.subjects.head import Head
 
@@ -68,9 +69,10 @@ class CompletionLoss:
         self.chunk_rows = chunk_rows or rows_at_a_time(decoder)
         self.target_probability = target_probability
         self.reference = None if reference is None else self._scored(reference[None])[0]
-        self._compiled = None
-        if compiler is not None and reference is None and not target_probability:
-            self._compiled = torch.compile(_target_log_probability, dynamic=True, backend=compiler)
+        alone = compiler if reference is None and not target_probability else None
+        self._compiled = Compiled(_target_log_probability, alone) if alone else None
+        # A product with it sums per prompt in a fixed order; adding by index has none on a CUDA device.
+        self._of_row = torch.eye(self.n_rows, dtype=torch.float64, device=decoder.device)[self.positions.row]
 
     @torch.no_grad()
     def __call__(self, states: Tensor) -> dict[str, Tensor]:
@@ -86,7 +88,7 @@ class CompletionLoss:
                 programs = slice(first, first + at_once)
                 for name, values in self._measured(hidden[programs, chosen], chosen, intact).items():
                     total = sums.setdefault(name, values.new_zeros((len(hidden), self.n_rows)))
-                    total[programs].index_add_(1, self.positions.row[chosen], values)
+                    total[programs] += values @ self._of_row[chosen]
         return sums
 
     def _measured(self, hidden: Tensor, chosen: slice, intact: _Intact | None) -> dict[str, Tensor]:
