@@ -4,8 +4,9 @@ Weight-only methods are used through what they do to a matrix: quantize with the
 multiply as the model does. That is what their own forward computes (calibrated on tiny models), at the speed of
 ordinary products. LLM.int8 also quantizes activations, so its layers run the library's own modules.
 
-GPTQ has no maintained implementation that installs beside this project's PyTorch and Transformers (llm-compressor
-asks for older ones, gptqmodel builds kernels for a GPU at installation), so it is not measured. Nor are the k-quants
+GPTQ has no maintained implementation that installs beside this project's PyTorch and Transformers and quantizes to 4
+bits on a CPU (llm-compressor asks for older ones, gptqmodel builds kernels for a GPU at installation, torchao's
+prototype needs a package of GPU kernels for anything below 8 bits), so it is not measured. Nor are the k-quants
 of GGUF: the `gguf` package decodes but does not encode them, and their blocks of 256 weights fit into the rows of none
 of the small subjects; its block-32 formats are measured instead.
 """

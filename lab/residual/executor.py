@@ -35,8 +35,8 @@ Report = Callable[[float, float, str], None]
 ACTIVATIONS = 24
 #: Tokens per layer call on a CPU: enough to keep the cores busy, few enough for activations to stay in the cache.
 CPU_TOKENS = 2048
-#: On a CUDA device with memory for this many states per program, states that run on stay views of their block: copying
-#: each by itself was a twentieth of a sweep's time.
+#: On a CUDA device with memory for this many states per program, states that run on stay views of their block: copies
+#: took 44 ms and 11,328 launches of a knockout sweep of 2 s (a Qwen3-4B shape on an H200).
 ROOMY = 8
 CPU_BUDGET_BYTES = 2**30
 
