@@ -305,13 +305,21 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     return layer_knockout.measure(subject, corpus, budget, sweep)
 
 
-LOSS = Tolerance(0.02, 0.01, "other kernels moved losses by 1 % (AVX2 for AVX-512) and 0.5 % (another batch shape)")
+LOSS = Tolerance(
+    0.02,
+    0.01,
+    "other kernels moved losses by 1 % (AVX2 for AVX-512), 0.5 % (another batch shape) and 0.2 % (an H200 for AVX2, on "
+    "4,231 tokens)",
+)
 PAIR = Tolerance(
     0.06, 0.02, "AVX2 in batches of 1024 tokens moved losses of 168 tokens by up to 3 %, against AVX-512 in 2048"
 )
 PATH = Tolerance(0.05, 0.01, "where two layers cost nearly the same, another kernel may remove the other one")
 TOLERANCES = {
     "": LOSS,
+    "text_knockout_loss": Tolerance(
+        0.04, 0.01, "an H200 moved it by 2.3 %, against AVX2, where layer 0 is missing, and by 0.1 % elsewhere"
+    ),
     "knockout_kl": Tolerance(0.05, 0.01, "other kernels moved divergences by 2 %"),
     "top1_agreement": Tolerance(0.05, 0.03, "other kernels moved agreement by 0.025 on 157 tokens"),
     "pair_knockout_loss": PAIR,

@@ -415,7 +415,10 @@ FULL = Budget(
     prompts=None, tokens=None, context_stride=1, move_layers=None, swap_groups=12, batch_tokens=512, compiled=True
 )
 LOSS = Tolerance(
-    0.02, 0.05, "other kernels moved T-2's losses by 1 % (AVX2 for AVX-512); a delta is a difference of two"
+    0.02,
+    0.05,
+    "other kernels moved T-2's losses by 1 % (AVX2 for AVX-512); a delta is a difference of two, and an H200 moved it by "
+    "up to 0.005 nat against AVX2",
 )
 TOLERANCES = {
     "": LOSS,
