@@ -417,8 +417,8 @@ FULL = Budget(
 LOSS = Tolerance(
     0.02,
     0.05,
-    "other kernels moved T-2's losses by 1 % (AVX2 for AVX-512); a delta is a difference of two, and an H200 moved it by "
-    "up to 0.005 nat against AVX2",
+    "other kernels moved T-2's losses by 1 % (AVX2 for AVX-512); a delta is a difference of two, and an H200 moved it "
+    "by up to 0.005 nat against AVX2",
 )
 TOLERANCES = {
     "": LOSS,
