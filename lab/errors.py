@@ -1,4 +1,4 @@
-"""The two ways a request can end without a number."""
+"""The two ways a request can end without a number, and what a library said of it."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ class NotApplicable(Exception):
 
     The message says what and why.
     """
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that says something; its class if none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -4,11 +4,15 @@
 of a knockout sweep cost 2 x 0.1 G x 6,419 x (36 + 630) operations, the head 2 x 0.39 G x 4,144 x 37: on an H100
 (about 0.8 PFLOP/s in bfloat16 without sparsity) the arithmetic alone takes 1.23 s.
 
+On an H200 the sweep took 2.05 s compiled and 2.88 s as it is, where products alone ran at 0.7 to 0.8 PFLOP/s; with the
+loss compiled too it took 1.95 s. States that stay views and flash attention came after, and were not timed.
+
 The plain loop takes a layer out and runs each text alone; only every sixth layer is taken out here and its time
 scaled up, since the whole loop takes a minute.
 """
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from lab.corpora.batches import TokenText
 from lab.experiments.layers.layer_knockout import EXPERIMENT as KNOCKOUT
 from lab.experiments.layers.layer_swap_cost import EXPERIMENT as SWAP
 from lab.experiments.layers.layer_swap_cost import all_pairs
+from lab.residual.compiled import layer_compiler
 from lab.residual.executor import Executor
 from lab.residual.plain import layers_exchanged, plain_losses
 from lab.residual.programs import identity, order, skip, swap
@@ -30,7 +35,7 @@ from lab.subjects.tiny import tiny
 
 TOKENS, SCORED, PROMPTS, SWAP_PROMPTS = 6419, 4144, 50, 28
 STRIDE = 6
-KNOCKOUT_SECONDS, SWAP_SECONDS = 2.5, 60.0
+KNOCKOUT_SECONDS, SWAP_SECONDS = 1.9, 40.0
 
 
 def shaped(name: str) -> torch.nn.Module:
@@ -71,9 +76,11 @@ def knockouts(n: int, layers: range) -> dict[str, tuple]:
     return {"intact": identity(n)} | {f"without layer {layer}": skip(n, [layer]) for layer in layers}
 
 
-def executor_losses(decoder, texts, programs, batch_tokens, head_dtype="bfloat16"):
-    """Losses [program, prompt] through the executor, nat/token."""
-    return ProgramLosses(Executor(decoder), Sweep(), batch_tokens, head_dtype)("sweep", texts, programs)["loss"]
+def executor_losses(decoder, texts, programs, budget, head_dtype="bfloat16"):
+    """Losses [program, prompt] through the executor as the experiment sets it up, nat/token."""
+    compiler = layer_compiler(decoder.layers, decoder.device, budget.compiled)
+    executor = Executor(decoder, compiler=compiler)
+    return ProgramLosses(executor, Sweep(), budget.batch_tokens, head_dtype)("sweep", texts, programs)["loss"]
 
 
 def plain_loop(decoder, texts, programs):
@@ -106,7 +113,8 @@ def test_the_sweeps_agree_with_the_plain_loop_on_any_device():
     assert sum(len(text.ids) for text in texts.texts) == 90
     assert texts.scored_tokens.sum() == 60
     programs = knockouts(n, range(n)) | {str(pair): swap(n, *pair) for pair in all_pairs(n)}
-    found = executor_losses(decoder, texts, programs, 64, "float32")
+    budget = replace(SWAP.budgets["full"], batch_tokens=64)
+    found = executor_losses(decoder, texts, programs, budget, "float32")
     assert np.abs(found - plain_loop(decoder, texts, programs)).max() <= 1e-3
     assert len({round(float(loss), 6) for loss in found[:, 0]}) == len(programs), "every program must differ"
 
@@ -114,31 +122,37 @@ def test_the_sweeps_agree_with_the_plain_loop_on_any_device():
 @pytest.mark.gpu
 @pytest.mark.benchmark(group="sweeps of a Qwen3-4B shape")
 def test_knockout_sweep_of_a_4b_shape(benchmark, qwen3_4b):
-    n, batch_tokens = qwen3_4b.n_layers, KNOCKOUT.budgets["full"].batch_tokens
+    n, budget = qwen3_4b.n_layers, KNOCKOUT.budgets["full"]
     texts = random_texts(PROMPTS, TOKENS, SCORED, qwen3_4b.vocabulary)
     some, every = knockouts(n, range(0, n, STRIDE)), knockouts(n, range(n))
     plain_loop(qwen3_4b, texts, {"intact": identity(n)})  # kernels are chosen on first use
     expected, seconds = timed(plain_loop, qwen3_4b, texts, some)
+    _, first = timed(executor_losses, qwen3_4b, texts, every, budget)
     found = benchmark.pedantic(
-        executor_losses, (qwen3_4b, texts, every, batch_tokens), rounds=3, warmup_rounds=1
+        executor_losses, (qwen3_4b, texts, every, budget), rounds=3
     )  # returns numbers on the CPU, so the device is done
+    benchmark.extra_info["seconds of the first sweep, which compiles"] = round(first, 1)
     benchmark.extra_info["seconds of the plain loop"] = round(seconds * len(every) / len(some), 1)
     means = [losses @ texts.scored_tokens / texts.scored_tokens.sum() for losses in (found, expected)]
-    assert np.abs(means[0][[list(every).index(name) for name in some]] - means[1]).max() <= 1e-3
+    difference = np.abs(means[0][[list(every).index(name) for name in some]] - means[1]).max()
+    benchmark.extra_info["largest difference of a loss, nat/token"] = float(difference)
+    assert difference <= 1e-3
     assert benchmark.stats.stats.min <= KNOCKOUT_SECONDS
 
 
 @pytest.mark.gpu
 @pytest.mark.benchmark(group="sweeps of a Qwen3-4B shape")
 def test_swap_matrix_of_a_4b_shape(benchmark, qwen3_4b):
-    n, batch_tokens = qwen3_4b.n_layers, SWAP.budgets["full"].batch_tokens
+    n, budget = qwen3_4b.n_layers, SWAP.budgets["full"]
     share = SWAP_PROMPTS / PROMPTS
     texts = random_texts(SWAP_PROMPTS, round(TOKENS * share), round(SCORED * share), qwen3_4b.vocabulary)
     programs = {"intact": order(range(n))} | {str(pair): swap(n, *pair) for pair in all_pairs(n)}
-    found = benchmark.pedantic(executor_losses, (qwen3_4b, texts, programs, batch_tokens), rounds=1)
+    found = benchmark.pedantic(executor_losses, (qwen3_4b, texts, programs, budget), rounds=1)
     some = dict(list(programs.items())[::90])
     expected, seconds = timed(plain_loop, qwen3_4b, texts, some)
     benchmark.extra_info["seconds of the plain loop"] = round(seconds * len(programs) / len(some), 1)
     means = [losses @ texts.scored_tokens / texts.scored_tokens.sum() for losses in (found, expected)]
-    assert np.abs(means[0][::90] - means[1]).max() <= 1e-3
+    difference = np.abs(means[0][::90] - means[1]).max()
+    benchmark.extra_info["largest difference of a loss, nat/token"] = float(difference)
+    assert difference <= 1e-3
     assert benchmark.stats.stats.min <= SWAP_SECONDS

@@ -12,6 +12,7 @@ from matplotlib.colors import to_hex
 from lab.errors import UserError
 from lab.records import BOUNDS, Record
 from lab.report import drawing, output, style
+from lab.report.recorded import comparable
 from lab.report.svg import tidy
 
 pytestmark = pytest.mark.calibration
@@ -94,7 +95,19 @@ def test_labels_name_the_condition_only_where_it_takes_that() -> None:
         "smollm2-135m-instruct",
         "smollm2-135m-instruct, published",
     ]
-    assert style.looks([toy(), full])[1].label == "smollm2-135m-instruct (full-bfloat16)"
+    first, second = style.looks([toy(), full])
+    assert second.label == "smollm2-135m-instruct (full-bfloat16)"
+    assert first.line()["linestyle"] != second.line()["linestyle"], "the subject's colour is the same"
+
+
+def test_a_figure_of_all_shows_every_subject_once_under_the_commonest_condition() -> None:
+    full, published = toy(), toy(source="published")
+    full.data.attrs["condition"] = "full-bfloat16"
+    other, only = toy("gemma-3-270m"), toy("my-model")
+    only.data.attrs["condition"] = "full-bfloat16-cuda"
+    assert comparable([published, full, toy(), other, only])[2:] == [other, only]
+    assert comparable([published, full, toy(), other, only])[1].condition == other.condition
+    assert comparable([published, full])[0] is published
 
 
 @pytest.mark.parametrize(("values", "scale"), [((4, 2, 1), "log"), ((4, 0, 1), "symlog"), ((-4, 2, 1), "symlog")])

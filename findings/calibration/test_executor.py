@@ -230,6 +230,22 @@ def test_shared_prefixes_do_not_matter(decoder, batch):
 ALL_PAIRS = [identity(N), *(skip(N, {i, j}) for i in range(N) for j in range(i, N))]
 
 
+@pytest.mark.parametrize(
+    ("device", "programs", "expected"), [("cuda", 10, True), ("cuda", 11, False), ("cpu", 1, False)]
+)
+def test_a_cuda_device_with_memory_for_eight_states_a_program_is_roomy(device, programs, expected):
+    assert executor_module._is_roomy(torch.device(device), programs, capacity=80) is expected
+
+
+def test_states_that_stay_views_do_not_matter(llama, batch, monkeypatch):
+    """An edit, or a layer of another program, must not write into a neighbour's state."""
+    programs = [*KNOCKOUTS, *(swap(N, 0, other) for other in range(1, N)), edit_before(N, 2, "double"), identity(N)[:2]]
+    executor = Executor(llama, edits={"double": lambda states, batch: states.mul_(2)})
+    copied = final_states(executor, batch, programs)
+    monkeypatch.setattr(executor_module, "_is_roomy", lambda *about: True)
+    assert torch.equal(final_states(executor, batch, programs), copied)
+
+
 @pytest.mark.parametrize("states_in_budget", [0, 1, 2, 3, 5, 8])
 def test_memory_budget_does_not_matter(llama, batch, states_in_budget):
     """From less than one state to all at once: same results, same number of layer applications."""
@@ -269,8 +285,10 @@ def test_states_held_stay_within_the_budget(llama, batch, states_in_budget, monk
 
 
 def test_a_cuda_device_gives_half_of_its_free_memory(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 << 30, 80 << 30))
-    assert executor_module.memory_budget(torch.device("cuda:1")) == 35 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 14 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 << 30)
+    assert executor_module.memory_budget(torch.device("cuda:1")) == 35 << 30, "what PyTorch keeps unused is free too"
     assert executor_module.memory_budget(torch.device("cpu")) == 1 << 30
 
 

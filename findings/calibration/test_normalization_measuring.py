@@ -12,6 +12,7 @@ import xarray as xr
 
 from lab import published
 from lab.errors import NotApplicable, UserError
+from lab.experiments.surgery.measuring import normalization_latency
 from lab.experiments.surgery.measuring.normalization import parts
 from lab.experiments.surgery.measuring.normalization_losses import unpadded
 from lab.experiments.surgery.normalization import EXPERIMENT, Budget, Normalization, measure
@@ -268,6 +269,31 @@ def test_every_norm_can_be_timed(norm_type):
     if norm_type == "rms_norm_eager":
         torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (64,), eps=latency.EPS))
     assert y.shape == x.shape
+
+
+def test_a_compiler_that_does_not_work_costs_its_own_times_only(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(torch, "compile", lambda norm: broken)
+    monkeypatch.setattr(normalization_latency, "measured_shape", lambda *_: (1.0, 2.0))
+    latency.why_not_compiled.cache_clear()
+    bench = Bench(widths=(8,), lengths=(2,), norm_types=("rms_norm_compiled", "layer_norm", "rms_norm_eager"))
+    with pytest.warns(RuntimeWarning, match=r"cannot compile here \(Failed to find C compiler.\)"):
+        times = normalization_latency._times(torch.device("cpu"), torch.float32, bench, Sweep())
+    latency.why_not_compiled.cache_clear()
+    assert np.isnan(times["total_latency"][0]).all()
+    assert (times["total_latency"][1:] == 3).all()
+    dims = normalization_latency.DIMENSIONS
+    data = xr.Dataset({"total_latency": variable(dims, times["total_latency"], "ms", "")}, _labels(bench))
+    record = Normalization(data.assign_attrs(subject="x", source="measured", condition="c"))
+    assert record.latency_ratio("layer_norm", "rms_norm_eager").values.tolist() == [[1]]
+    with pytest.raises(NotApplicable, match="no times of rms_norm_compiled"):
+        record.latency_ratio("layer_norm", "rms_norm_compiled")
+
+
+def _labels(bench):
+    return normalization_latency.coords(torch.device("cuda"), bench)
 
 
 def test_unknown_norms_cannot_be_timed():

@@ -1,6 +1,8 @@
 """Known answers of the T-11 measurement as a whole, on tiny decoders with planted layers."""
 
 import copy
+import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +11,13 @@ import torch
 import xarray as xr
 
 from lab.errors import NotApplicable, UserError
+from lab.experiments.systems.measuring import quantization_workbench
 from lab.experiments.systems.measuring.quantization_weights import expected_gigabytes
 from lab.experiments.systems.measuring.quantization_workbench import samples
 from lab.experiments.systems.quantization import Budget, Quantization, measure
 from lab.quantization import footprint, libraries
 from lab.quantization.libraries import GGUF
+from lab.quantization.whole_models import LIBRARIES
 from lab.store import Sweep
 from lab.subjects.tiny import LAYERS, loaded, random_corpus, tiny
 
@@ -166,9 +170,24 @@ def test_a_limit_that_the_texts_do_not_resolve_bars_the_claim():
 
 
 def test_missing_libraries_are_named(monkeypatch):
-    monkeypatch.setattr(libraries, "LIBRARIES", ("no-such-library",))
-    with pytest.raises(UserError, match="no-such-library is not installed"):
-        record_of(model_of())
+    """Their methods are left out of the record, with one line that says so; claims about them do not apply."""
+    monkeypatch.setattr(libraries, "LIBRARIES", ("gguf", "no-such-library"))
+    monkeypatch.setattr(quantization_workbench, "library_of", lambda name: "no-such-library" if "nf4" in name else None)
+    with pytest.warns(RuntimeWarning, match="not installed: no-such-library; the record lacks"):
+        found = record_of(model_of())
+    assert "bitsandbytes_nf4" not in found.methods
+    assert {"bitsandbytes_int8", "rtn_4", "gguf_q4_0"} <= set(found.methods)
+    with pytest.raises(NotApplicable, match="holds no bitsandbytes_nf4"):
+        found.method_damage("bitsandbytes_nf4")
+
+
+@pytest.mark.parametrize(("installed", "lacks"), [({"gguf": "1"}, True), (dict.fromkeys(LIBRARIES, "1"), False)])
+def test_claims_about_every_method_want_every_library(installed, lacks):
+    named = {"subject": "tiny", "source": "measured", "condition": "quick"}
+    settings = json.dumps({"settings": {"quantization_libraries": installed}})
+    record = Quantization(xr.Dataset(attrs=named | {"provenance": settings}))
+    with pytest.raises(NotApplicable, match="bitsandbytes, torchao") if lacks else nullcontext():
+        record.require_every_library()
 
 
 # ---- memory

@@ -143,6 +143,7 @@ def test_8_bit_methods_lose_at_most_0_0075_nat(quantization):
 
     The same limit in nat (0.07 of 9.25). LLM.int8 also quantizes activations. Not made on texts that do not resolve it.
     """
+    quantization.require_every_library()
     quantization.require_resolved(0.0075, *quantization.methods_of(8))
     assert max(map(quantization.method_damage, quantization.methods_of(8))) <= 0.0075
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from subprocess import SubprocessError
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lab.errors import UserError
+from lab.errors import UserError, first_line
 from lab.normalization.settings import Bench
 
 Result = TypeVar("Result")
@@ -61,6 +62,20 @@ def module(norm_type: str, width: int) -> Callable[[Tensor], Tensor]:
     if norm_type not in made:
         raise UserError(f"unknown norm {norm_type!r}: choose one of {', '.join(made)}")
     return made[norm_type]()
+
+
+@cache
+def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why PyTorch's compiler does not work here, in one line, tried on a small norm; None if it does.
+
+    On a CUDA device it needs Triton, a C compiler, and Python's headers.
+    """
+    norm = torch.compile(EagerRmsNorm(GROUPS).to(device, dtype))
+    try:
+        _backward(norm(inputs("rms_norm_compiled", GROUPS, 1, device, dtype)))
+    except (RuntimeError, OSError, ImportError, SubprocessError) as error:
+        return first_line(error)
+    return None
 
 
 def inputs(norm_type: str, width: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:

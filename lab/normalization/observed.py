@@ -203,14 +203,22 @@ class NormActivations(Record):
         Raises:
             NotApplicable: times were not taken.
         """
-        times = self.variable("total_latency")
+        times = self._times(slower, faster)
         longer = times.shift(sequence_length=-1)
         disturbed = (times > (1 + DISTURBED) * longer).any("norm_type")
         ratio: xr.DataArray = times.sel(norm_type=slower, drop=True) / times.sel(norm_type=faster, drop=True)
         return ratio.where(~disturbed)
 
+    def _times(self, *norm_types: str) -> xr.DataArray:
+        """Forward and backward time of all norms [norm_type, hidden_size, sequence_length], ms."""
+        times = self.variable("total_latency")
+        for norm_type in norm_types:
+            if times.sel(norm_type=norm_type).isnull().all():
+                raise NotApplicable(f"the {self.source} record of {self.subject} holds no times of {norm_type}")
+        return times
+
     def raw_latency_ratio(self, slower: str, faster: str) -> xr.DataArray:
         """The same of all shapes, as published."""
-        times = self.variable("total_latency")
+        times = self._times(slower, faster)
         ratio: xr.DataArray = times.sel(norm_type=slower, drop=True) / times.sel(norm_type=faster, drop=True)
         return ratio

@@ -4,8 +4,9 @@ Weight-only methods are used through what they do to a matrix: quantize with the
 multiply as the model does. That is what their own forward computes (calibrated on tiny models), at the speed of
 ordinary products. LLM.int8 also quantizes activations, so its layers run the library's own modules.
 
-GPTQ has no maintained implementation that installs beside this project's PyTorch and Transformers (llm-compressor
-asks for older ones, gptqmodel builds kernels for a GPU at installation), so it is not measured. Nor are the k-quants
+GPTQ has no maintained implementation that installs beside this project's PyTorch and Transformers and quantizes to 4
+bits on a CPU (llm-compressor asks for older ones, gptqmodel builds kernels for a GPU at installation, torchao's
+prototype needs a package of GPU kernels for anything below 8 bits), so it is not measured. Nor are the k-quants
 of GGUF: the `gguf` package decodes but does not encode them, and their blocks of 256 weights fit into the rows of none
 of the small subjects; its block-32 formats are measured instead.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,27 +25,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lab.errors import UserError
 from lab.quantization.layers import matrices
+from lab.quantization.whole_models import LIBRARIES
 
-LIBRARIES = ("bitsandbytes", "torchao", "gguf")
 NF4_BLOCK = 64
 OUTLIER_THRESHOLD = 6.0  #: LLM.int8: activations beyond it keep 16 bits (Dettmers et al. 2022)
 
 
-def require_libraries() -> dict[str, str]:
-    """Versions of the quantization libraries.
+def installed_libraries() -> dict[str, str]:
+    """Versions of those of the quantization libraries that are installed; a warning names the others, and the remedy.
 
-    Raises:
-        UserError: one is not installed; without it the record would lack its methods.
+    They are an extra of this project, and machines with a CUDA device often lack them: everything that does not need
+    them is measured all the same.
     """
-    try:
-        return {name: version(name) for name in LIBRARIES}
-    except PackageNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed, so that quantization methods cannot be compared; "
-            'install it with `pip install -c constraints.txt -e ".[quantization]"`'
-        ) from error
+    found: dict[str, str] = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    missing = [name for name in LIBRARIES if name not in found]
+    if missing:
+        warnings.warn(
+            f"not installed: {', '.join(missing)}; the record lacks their quantization methods. To have them, install "
+            'them with `pip install -c constraints.txt -e ".[quantization]"` and measure with --fresh',
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def library_of(method: str) -> str | None:
+    """The library that a method is of, by its name; None for methods of this project's own."""
+    return next((name for name in LIBRARIES if method.startswith(f"{name}_")), None)
 
 
 @dataclass(frozen=True)

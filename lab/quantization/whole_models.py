@@ -13,6 +13,8 @@ from lab.records import Record
 #: Distinct values among 32 consecutive weights: about 31 in trained bfloat16 weights, 29 if they were stored in 8 bits,
 #: 27 in 6, 18 in 5, 13 in 4. At or below this limit a matrix counts as stored in 5 bits or fewer.
 DISTINCT_LIMIT = 24
+#: libraries whose methods are compared with those of this project
+LIBRARIES = ("bitsandbytes", "torchao", "gguf")
 #: heavy tails move the error of rounding by up to 30 % from its Gaussian value (published: 0.739 to 0.149 / 0.117)
 ERROR_LAW = 0.4
 
@@ -135,6 +137,16 @@ class WholeModels(Record):
         """Methods of a nominal width that the record holds."""
         widths = self.variable("method_nominal_bits").values
         return [name for name, width in zip(self.methods, widths, strict=True) if width == bits]
+
+    def require_every_library(self) -> None:
+        """Raise NotApplicable where a quantization library was not installed: its methods are not among those held."""
+        installed = self.provenance.get("settings", {}).get("quantization_libraries", {})
+        missing = [name for name in LIBRARIES if name not in installed]
+        if self.source == "measured" and missing:
+            raise NotApplicable(
+                f"the measured record of {self.subject} lacks the methods of {', '.join(missing)}; "
+                "install the libraries and measure with --fresh"
+            )
 
     def noise_damage(self, bits: int) -> float:
         """Damage of unbiased weight noise as large as the rounding error at a width [nat/token]."""

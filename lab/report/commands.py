@@ -12,13 +12,13 @@ from lab.records import Record
 from lab.report import readme, site
 from lab.report.claims import statements
 from lab.report.figures import ExperimentFigure, figure_of
-from lab.report.recorded import Snapshot, fresh_verdicts, records_of, snapshots
+from lab.report.recorded import Snapshot, comparable, fresh_verdicts, records_of, snapshots
 from lab.report.results import Results
 from lab.subjects.catalog import catalog
 
 
 def draw(name: str, subjects: Sequence[str], output: Path) -> list[Path]:
-    """Draw an experiment's figure of these subjects, or of all that are recorded, from the committed snapshots.
+    """Draw an experiment's figure from the committed snapshots: of these subjects under all conditions, or all once.
 
     Args:
         name: an experiment, or an agenda id. Where several experiments share the id, the first, which is the one
@@ -33,7 +33,8 @@ def draw(name: str, subjects: Sequence[str], output: Path) -> list[Path]:
     drawn: list[tuple[ExperimentFigure, list[Record]]] = []
     for experiment in chosen:
         figure = figure_of(experiment)
-        records = [record for record in records_of(experiment, found) if not subjects or record.subject in subjects]
+        every = records_of(experiment, found)
+        records = [record for record in every if record.subject in subjects] if subjects else comparable(every)
         if figure is not None and records:
             drawn.append((figure, records))
     if not drawn:

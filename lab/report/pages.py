@@ -19,7 +19,7 @@ from lab import experiments
 from lab.report import prose
 from lab.report.claims import KINDS, Statement
 from lab.report.figures import figure_of
-from lab.report.recorded import Snapshot, dates, records_of
+from lab.report.recorded import Snapshot, comparable, dates, records_of
 from lab.report.results import Cell, Column, Results
 from lab.report.style import themed
 from lab.subjects.catalog import catalog
@@ -164,7 +164,7 @@ def _claim(results: Results, statement: Statement) -> dict[str, Any]:
 
 
 def _figure(name: str, snapshots: Sequence[Snapshot]) -> dict[str, Any] | None:
-    figure, records = figure_of(name), records_of(name, snapshots)
+    figure, records = figure_of(name), comparable(records_of(name, snapshots))
     if figure is None or not records:
         return None
     svg = Markup(themed(figure.svg(records)))

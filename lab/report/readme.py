@@ -12,7 +12,7 @@ from lab import files, paths
 from lab.errors import UserError
 from lab.report import drawing, output, prose
 from lab.report.pages import Discrepancy, discrepancies, rows
-from lab.report.recorded import records_of
+from lab.report.recorded import comparable, records_of
 from lab.report.results import Column, Results
 from lab.report.style import SETTINGS
 
@@ -46,7 +46,7 @@ def figure(results: Results) -> str:
     """The figure that the README shows: what skipping each layer costs, as an SVG file."""
     with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
         drawn, (axes,) = drawing.panels()
-        records = records_of(FIGURE, results.snapshots)
+        records = comparable(records_of(FIGURE, results.snapshots))
         label = "rise of the loss [nat/token]"
         drawing.depth_profiles(axes, records, QUANTITY, label=label, scale="symlog")
         drawing.legend(drawn, records)
@@ -72,7 +72,7 @@ def generated(results: Results) -> str:
 
 
 def _alternative(results: Results) -> str:
-    subjects = [drawing.name_of(record) for record in records_of(FIGURE, results.snapshots)]
+    subjects = [drawing.name_of(record) for record in comparable(records_of(FIGURE, results.snapshots))]
     return f"Rise of the completion loss when one decoder layer is skipped, over relative depth: {'; '.join(subjects)}"
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -96,6 +97,20 @@ def records_of(name: str, found: Iterable[Snapshot]) -> list[Record]:
     mine = [snapshot for snapshot in found if snapshot.address.experiment == name]
     ordered = sorted(mine, key=lambda one: place(one.address.subject, one.address.condition))
     return [snapshot.record for snapshot in ordered]
+
+
+def comparable(records: Sequence[Record]) -> list[Record]:
+    """Those of an experiment's records that one figure shows: every subject once, beside its published figures.
+
+    Where a subject was measured under several conditions, it is the one that most subjects were measured under.
+    """
+    common = Counter(record.condition for record in records)
+    chosen: dict[tuple[str, bool], Record] = {}
+    for record in records:
+        key = record.subject, record.source == "published"
+        if key not in chosen or common[record.condition] > common[chosen[key].condition]:
+            chosen[key] = record
+    return list(chosen.values())
 
 
 def place(subject: str, condition: str) -> tuple[bool, int, str, str]:

@@ -72,6 +72,7 @@ class Look:
         marker: matplotlib's letter; the subject's.
         hatch: pattern of bars; the subject's.
         published: whether the numbers are published figures: dotted line, open markers.
+        again: whether the subject was measured under another condition too, which comes first: dashed line.
     """
 
     label: str
@@ -79,10 +80,12 @@ class Look:
     marker: str
     hatch: str
     published: bool
+    again: bool
 
     def line(self, **more: Any) -> dict[str, Any]:
         """Arguments of `Axes.plot`."""
-        return self.points() | {"linestyle": (0, (1.2, 1.6)) if self.published else "-"} | more
+        style = (0, (1.2, 1.6)) if self.published else (0, (5, 2)) if self.again else "-"
+        return self.points() | {"linestyle": style} | more
 
     def points(self, **more: Any) -> dict[str, Any]:
         """Arguments of `Axes.plot` without a line."""
@@ -94,7 +97,7 @@ class Look:
         """Arguments of `Axes.bar`."""
         face = PAPER if self.published else self.colour
         edge = self.colour if self.published else INK
-        style = "--" if self.published else "-"
+        style = "--" if self.published or self.again else "-"
         return {"facecolor": face, "edgecolor": edge, "hatch": self.hatch, "linestyle": style, "linewidth": 0.8} | more
 
 
@@ -111,12 +114,15 @@ def looks(records: Sequence[Record]) -> list[Look]:
         f"{label} ({record.condition})" if plain.count(label) > 1 and record.source != "published" else label
         for label, record in zip(plain, records, strict=True)
     ]
-    return [_look(place[record.subject], label, record) for label, record in zip(labels, records, strict=True)]
+    return [
+        _look(place[record.subject], labels[index], record, plain.index(plain[index]) < index)
+        for index, record in enumerate(records)
+    ]
 
 
-def _look(place: int, label: str, record: Record) -> Look:
+def _look(place: int, label: str, record: Record, again: bool) -> Look:
     colour, marker, hatch = (choice[place % len(choice)] for choice in (SERIES, MARKERS, HATCHES))
-    return Look(label, colour, marker, hatch, record.source == "published")
+    return Look(label, colour, marker, hatch, record.source == "published", again)
 
 
 def _label(record: Record) -> str:

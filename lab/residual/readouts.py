@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from lab.corpora.batches import Positions, TokenBatch
+from lab.residual.compiled import Compiled
 from lab.subjects.anatomy import Decoder
+from lab.subjects.head import Head
 
 #: Logits at a time. On a CPU 128 rows of SmolLM2's vocabulary: 256 rows take no less time in a sweep and 106 MB more,
 #: with 64 the product with the vocabulary matrix takes a fifth longer. Accelerators have the memory, and need it to be
@@ -14,7 +16,8 @@ from lab.subjects.anatomy import Decoder
 CPU_CHUNK_LOGITS = 128 * 49_152
 ACCELERATOR_CHUNK_LOGITS = 2**27
 MIN_CHUNK_ROWS = 32
-#: Rows of logits that are normalized at a time, on any device.
+#: Rows of logits that are normalized at a time on a CPU. An accelerator would wait for its launches, and holds a second
+#: copy of a chunk with ease.
 SOFTMAX_ROWS = 16
 
 
@@ -42,6 +45,8 @@ class CompletionLoss:
             `agreement` are read.
         positions: other positions than the batch's scored ones.
         target_probability: whether to read it.
+        compiler: backend of `torch.compile` for reading nothing but the loss: the sums run over the logits as the
+            product leaves them, without a copy in float32; see `lab.residual.compiled`.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class CompletionLoss:
         reference: Tensor | None = None,
         positions: Positions | None = None,
         target_probability: bool = False,
+        compiler: str | None = None,
     ):
         scored = batch.scored if positions is None else positions
         self.decoder = decoder
@@ -63,6 +69,10 @@ class CompletionLoss:
         self.chunk_rows = chunk_rows or rows_at_a_time(decoder)
         self.target_probability = target_probability
         self.reference = None if reference is None else self._scored(reference[None])[0]
+        alone = compiler if reference is None and not target_probability else None
+        self._compiled = Compiled(_target_log_probability, alone) if alone else None
+        # A product with it sums per prompt in a fixed order; adding by index has none on a CUDA device.
+        self._of_row = torch.eye(self.n_rows, dtype=torch.float64, device=decoder.device)[self.positions.row]
 
     @torch.no_grad()
     def __call__(self, states: Tensor) -> dict[str, Tensor]:
@@ -78,11 +88,15 @@ class CompletionLoss:
                 programs = slice(first, first + at_once)
                 for name, values in self._measured(hidden[programs, chosen], chosen, intact).items():
                     total = sums.setdefault(name, values.new_zeros((len(hidden), self.n_rows)))
-                    total[programs].index_add_(1, self.positions.row[chosen], values)
+                    total[programs] += values @ self._of_row[chosen]
         return sums
 
     def _measured(self, hidden: Tensor, chosen: slice, intact: _Intact | None) -> dict[str, Tensor]:
         """Values [k, c] in float64 of k programs at c positions."""
+        if self._compiled is not None:
+            head = self.decoder.unembedding
+            product = head.product(self.decoder.final_norm(hidden), self.head_dtype)
+            return {"loss": -self._compiled(head, product, self.positions.target[chosen]).double()}
         log_p = self._log_probabilities(hidden)
         target = log_p.gather(-1, self.positions.target[chosen].expand(len(hidden), -1)[..., None])[..., 0].double()
         values = {"loss": -target}
@@ -101,8 +115,18 @@ class CompletionLoss:
         return log_softmax_(self.decoder.unembedding.logits(self.decoder.final_norm(hidden), self.head_dtype))
 
 
+def _target_log_probability(head: Head, product: Tensor, target: Tensor) -> Tensor:
+    """ln p(x) [k, c] in float32 of targets [c], for the head's products [k, c, V]."""
+    logits = head.shape_logits_(product.float())
+    top = logits.amax(-1, keepdim=True)
+    total = (logits - top).exp().sum(-1).log() + top[..., 0]
+    return logits.gather(-1, target.expand(len(logits), -1)[..., None])[..., 0] - total
+
+
 def log_softmax_(logits: Tensor) -> Tensor:
-    """ln softmax(z) over the last axis of contiguous z [..., V], written over z, a few rows at a time: no second z."""
+    """ln softmax(z) over the last axis of contiguous z [..., V]; on a CPU over z itself, a few rows at a time."""
+    if logits.device.type != "cpu":
+        return torch.log_softmax(logits, dim=-1)
     for rows in torch.split(logits.view(-1, logits.shape[-1]), SOFTMAX_ROWS):
         rows.copy_(torch.log_softmax(rows, dim=-1))
     return logits

@@ -130,11 +130,9 @@ class ProgramLosses:
         batch = batch.to(self.executor.decoder.device)
         dtype = HEAD_DTYPES[self.head_dtype]
         reference = self.executor.intact(batch) if compare else None
-        completion = CompletionLoss(
-            self.executor.decoder, batch, head_dtype=dtype, reference=reference, target_probability=compare
-        )
-        own = positions(batch, sample.user_targets)
-        user = CompletionLoss(self.executor.decoder, batch, head_dtype=dtype, positions=own) if user_words else None
+        loss = partial(CompletionLoss, self.executor.decoder, batch, head_dtype=dtype, compiler=self.executor.compiler)
+        completion = loss(reference=reference, target_probability=compare)
+        user = loss(positions=positions(batch, sample.user_targets)) if user_words else None
 
         def read(states: Tensor) -> dict[str, Tensor]:
             return completion(states) | ({"user_loss": user(states)["loss"]} if user else {})

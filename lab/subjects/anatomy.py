@@ -99,7 +99,7 @@ class Decoder:
         """
         ids = ids.to(self.device)
         entry, calls = self._record(ids)
-        _, single = self._record(ids[:1])
+        single = self._record(ids[:1])[1] if len(ids) > 1 else calls
         return Captured(entry, tuple(row_independent(call, one) for call, one in zip(calls, single, strict=True)))
 
     def _record(self, ids: Tensor) -> tuple[Tensor, list[Call]]:

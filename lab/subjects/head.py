@@ -49,8 +49,12 @@ class Head:
 
     def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """Logits [..., V] in float32, the product taken in `dtype`."""
+        return self.shape_logits_(self.product(hidden, dtype).float())
+
+    def product(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """W h + b [..., V] of normed hidden states [..., d] in `dtype`, not yet scaled and capped."""
         weight, bias = self.cast(dtype)
-        return self.shape_logits_(products.linear(hidden.to(dtype), weight, bias).float())
+        return products.linear(hidden.to(dtype), weight, bias)
 
     def shape_logits_(self, logits: Tensor) -> Tensor:
         """Scale and cap raw logits in place, as the model does."""

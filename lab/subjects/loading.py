@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from lab.errors import UserError
+from lab.errors import UserError, first_line
 from lab.memory import release_freed_memory
 from lab.subjects.anatomy import Decoder
+from lab.subjects.attention_kernels import avoid_plans_per_shape
 from lab.subjects.configuration import read_config
 from lab.subjects.facts import Facts
 from lab.subjects.gguf import quiet_transformers
@@ -57,6 +58,8 @@ def load(facts: Facts, dtype: str = "bfloat16", device: str = "cpu") -> LoadedSu
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     folder = required_location(facts)
+    if place.type == "cuda":
+        avoid_plans_per_shape()
     model = _model(folder, facts.name, DTYPES[dtype], place)
     require_finite(model, facts.name)
     widen_slow_products(model)
@@ -110,7 +113,7 @@ def _model(folder: Path, name: str, dtype: torch.dtype, device: torch.device) ->
         raise
     except Exception as error:  # whatever a library makes of a damaged folder is one line to the user
         raise UserError(
-            f"Transformers cannot load {name} from {folder} ({_first_line(error)}); fetch or save it again"
+            f"Transformers cannot load {name} from {folder} ({first_line(error)}); fetch or save it again"
         ) from error
     missing = sorted(outcome["missing_keys"])
     if missing:
@@ -146,9 +149,5 @@ def _tokenizer(folder: Path, name: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as above: missing and damaged files end in many kinds of exceptions
         raise UserError(
-            f"cannot load the tokenizer of {name} from {folder} ({_first_line(error)}); save it beside the model"
+            f"cannot load the tokenizer of {name} from {folder} ({first_line(error)}); save it beside the model"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -280,6 +280,7 @@ class Budget:
         head_dtype: precision of the vocabulary projection; log-softmax is float32 in either case.
         batch_tokens: padded tokens per batch. Texts are sorted by length, so small batches pad less: 4 % of all tokens
             at 1024, 15 % at 2048, 40 % at 16384; and a layer sees the states of many programs at once anyway.
+        compiled: whether large layers are compiled on a CUDA device, see `lab.residual.compiled`.
     """
 
     prompts: int | None
@@ -289,6 +290,7 @@ class Budget:
     block_sizes: tuple[int, ...] | None
     head_dtype: str = "bfloat16"
     batch_tokens: int = 1024
+    compiled: bool = False
 
 
 def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep) -> xr.Dataset:
@@ -303,13 +305,21 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     return layer_knockout.measure(subject, corpus, budget, sweep)
 
 
-LOSS = Tolerance(0.02, 0.01, "other kernels moved losses by 1 % (AVX2 for AVX-512) and 0.5 % (another batch shape)")
+LOSS = Tolerance(
+    0.02,
+    0.01,
+    "other kernels moved losses by 1 % (AVX2 for AVX-512), 0.5 % (another batch shape) and 0.2 % (an H200 for AVX2, on "
+    "4,231 tokens)",
+)
 PAIR = Tolerance(
     0.06, 0.02, "AVX2 in batches of 1024 tokens moved losses of 168 tokens by up to 3 %, against AVX-512 in 2048"
 )
 PATH = Tolerance(0.05, 0.01, "where two layers cost nearly the same, another kernel may remove the other one")
 TOLERANCES = {
     "": LOSS,
+    "text_knockout_loss": Tolerance(
+        0.04, 0.01, "an H200 moved it by 2.3 %, against AVX2, where layer 0 is missing, and by 0.1 % elsewhere"
+    ),
     "knockout_kl": Tolerance(0.05, 0.01, "other kernels moved divergences by 2 %"),
     "top1_agreement": Tolerance(0.05, 0.03, "other kernels moved agreement by 0.025 on 157 tokens"),
     "pair_knockout_loss": PAIR,
@@ -323,6 +333,16 @@ TOLERANCES = {
         0, float("inf"), "a choice between near ties; the losses along the path are held"
     ),
 }
+# On a GPU the copies of 512 tokens under all programs keep a layer busy, and pad 4 % less than 1024.
+FULL = Budget(
+    prompts=None,
+    tokens=None,
+    pair_prompts=28,
+    pair_tokens=None,
+    block_sizes=None,
+    batch_tokens=512,
+    compiled=True,
+)
 EXPERIMENT = Experiment(
     id="T-2",
     title="Layer knockout",
@@ -331,7 +351,7 @@ EXPERIMENT = Experiment(
     measure=measure,
     budgets={
         "quick": Budget(prompts=28, tokens=72, pair_prompts=7, pair_tokens=24, block_sizes=(1, 2, 4, 7)),
-        "full": Budget(prompts=None, tokens=None, pair_prompts=28, pair_tokens=None, block_sizes=None),
+        "full": FULL,
     },
     tolerances=TOLERANCES,
 )

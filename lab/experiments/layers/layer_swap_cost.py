@@ -259,6 +259,7 @@ class Budget:
         swap_groups: parts of the sweep over distant pairs; a killed run repeats one of them at most.
         head_dtype: precision of the vocabulary projection; log-softmax is float32 in either case.
         batch_tokens: padded tokens per batch.
+        compiled: whether large layers are compiled on a CUDA device, see `lab.residual.compiled`.
     """
 
     prompts: int | None
@@ -268,6 +269,7 @@ class Budget:
     swap_groups: int
     head_dtype: str = "bfloat16"
     batch_tokens: int = 1024
+    compiled: bool = False
 
 
 def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep) -> xr.Dataset:
@@ -276,10 +278,12 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     Completion tokens and tokens of template and prompt are scored in the same passes. The intact
     model runs as one of the programs, so that D is a difference of paired losses.
     """
+    from lab.residual.compiled import layer_compiler
     from lab.residual.executor import Executor
     from lab.residual.sweeps import ProgramLosses
 
-    executor = Executor(subject.decoder)
+    compiler = layer_compiler(subject.decoder.layers, subject.device, budget.compiled)
+    executor = Executor(subject.decoder, compiler=compiler)
     losses = ProgramLosses(executor, sweep, budget.batch_tokens, budget.head_dtype)
     texts = with_context(corpus, budget)
     moved = spread(subject.decoder.n_layers, budget.move_layers)
@@ -407,9 +411,14 @@ def _update_correlation(subject: LoadedSubject, executor: Any, texts: Sample, ba
 # About 110 tokens of 7 prompts: enough for ranks, the ends and the zones (support 1), not for the cheapest pairs and
 # the steps of a curve (support 0.6 to 0.7 on SmolLM2). All passes together read 157 thousand tokens at full depth.
 QUICK = Budget(prompts=7, tokens=16, context_stride=6, move_layers=6, swap_groups=4, batch_tokens=256)
-FULL = Budget(prompts=None, tokens=None, context_stride=1, move_layers=None, swap_groups=12)
+FULL = Budget(
+    prompts=None, tokens=None, context_stride=1, move_layers=None, swap_groups=12, batch_tokens=512, compiled=True
+)
 LOSS = Tolerance(
-    0.02, 0.05, "other kernels moved T-2's losses by 1 % (AVX2 for AVX-512); a delta is a difference of two"
+    0.02,
+    0.05,
+    "other kernels moved T-2's losses by 1 % (AVX2 for AVX-512); a delta is a difference of two, and an H200 moved it "
+    "by up to 0.005 nat against AVX2",
 )
 TOLERANCES = {
     "": LOSS,

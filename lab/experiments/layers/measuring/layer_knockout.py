@@ -14,6 +14,7 @@ from lab.corpora.batches import token_batches
 from lab.corpora.corpus import Corpus
 from lab.experiments.layers.layer_knockout import Budget, all_pairs
 from lab.records import variable
+from lab.residual.compiled import layer_compiler
 from lab.residual.executor import Executor
 from lab.residual.programs import Program, skip
 from lab.residual.sweeps import ProgramLosses, Sample, sample, token_mean
@@ -25,7 +26,8 @@ Variables = dict[str, xr.Variable]
 
 def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep) -> xr.Dataset:
     """See `lab.experiments.layers.layer_knockout.measure`."""
-    executor = Executor(subject.decoder)
+    compiler = layer_compiler(subject.decoder.layers, subject.device, budget.compiled)
+    executor = Executor(subject.decoder, compiler=compiler)
     losses = ProgramLosses(executor, sweep, budget.batch_tokens, budget.head_dtype)
     many = sample(corpus, budget.prompts, budget.tokens)
     few = sample(corpus, budget.pair_prompts, budget.pair_tokens)

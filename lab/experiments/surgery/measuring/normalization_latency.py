@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 import xarray as xr
 
 from lab.normalization.latency import measured as measured_shape
+from lab.normalization.latency import why_not_compiled
 from lab.normalization.settings import Bench
 from lab.records import variable
 from lab.store import Arrays, Sweep
 
 DIMENSIONS = ("norm_type", "hidden_size", "sequence_length")
+COMPILED = "rms_norm_compiled"
 DESCRIBED = {
     "forward_latency": "median time of a call",
     "backward_latency": "median time of the backward pass of its sum",
@@ -38,8 +41,12 @@ def measured(device: torch.device, dtype: torch.dtype, bench: Bench, sweep: Swee
 def _times(device: torch.device, dtype: torch.dtype, bench: Bench, sweep: Sweep) -> Arrays:
     shape = (len(bench.norm_types), len(bench.widths), len(bench.lengths))
     found = np.full((2, *shape), np.nan)
+    problem = why_not_compiled(device, dtype) if COMPILED in bench.norm_types else None
+    if problem:
+        warnings.warn(f"{COMPILED} is not timed: PyTorch cannot compile here ({problem})", RuntimeWarning, stacklevel=2)
     for done, place in enumerate(np.ndindex(shape)):
         kind, width, length = bench.norm_types[place[0]], bench.widths[place[1]], bench.lengths[place[2]]
-        found[(slice(None), *place)] = measured_shape(kind, width, length, device, dtype, bench)
+        if kind != COMPILED or not problem:
+            found[(slice(None), *place)] = measured_shape(kind, width, length, device, dtype, bench)
         sweep.progress(done + 1, int(np.prod(shape)), "shapes timed")
     return {"forward_latency": found[0], "backward_latency": found[1], "total_latency": found.sum(0)}

@@ -14,7 +14,7 @@ from lab.experiments.systems.measuring.quantization_weights import memory_variab
 from lab.experiments.systems.measuring.quantization_workbench import Variables, Workbench, law, samples
 from lab.experiments.systems.quantization import MATRIX_BITS, TYPE_BITS, Budget
 from lab.quantization.layers import WeightMap, matrices
-from lab.quantization.libraries import require_libraries
+from lab.quantization.libraries import installed_libraries
 from lab.quantization.rounding import (
     relative_error,
 )
@@ -27,8 +27,8 @@ from lab.subjects.loading import LoadedSubject
 
 def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep) -> xr.Dataset:
     """See `lab.experiments.systems.quantization.measure`."""
-    versions = require_libraries()
-    work = Workbench.of(subject, budget, sweep)
+    versions = installed_libraries()
+    work = Workbench.of(subject, budget, sweep, versions)
     layer_texts, method_texts, matrix_texts = samples(corpus, subject, budget)
     variables = weight_variables(work) | _layer_variables(work, layer_texts)
     variables |= _matrix_variables(work, matrix_texts) | _type_variables(work, method_texts)
@@ -133,7 +133,7 @@ def _type_variables(work: Workbench, texts: Sample) -> Variables:
 
 
 def _method_variables(work: Workbench, texts: Sample) -> Variables:
-    chosen = methods(work.workshop, work.group)
+    chosen = [method for method in methods(work.workshop, work.group) if work.has_library_of(method.name)]
     programs = {method.name: method.program(work.workshop) for method in chosen}
     loss = work.losses("methods", texts, {"intact": identity(work.n_layers), **programs})["loss"]
     work.labels["method"] = list(programs)

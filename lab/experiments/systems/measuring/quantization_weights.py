@@ -81,18 +81,18 @@ def memory_variables(subject: LoadedSubject, work: Workbench) -> Variables:
     if not work.budget.footprints:
         return found
     folder = required_location(subject.facts)
-    rows = []
-    for index, method in enumerate(footprint.METHODS):
+    rows, known = [], [method for method in footprint.METHODS if work.has_library_of(method)]
+    for index, method in enumerate(known):
         compute = partial(_footprint_arrays, str(folder), method, work.group)
         rows.append(work.losses.sweep.shard(f"memory of {method}", compute))
-        work.losses.sweep.progress(index + 1, len(footprint.METHODS), "memory")
-    work.labels["memory_method"] = list(footprint.METHODS)
+        work.losses.sweep.progress(index + 1, len(known), "memory")
+    work.labels["memory_method"] = known
     columns = {key: [float(row[key]) for row in rows] for key in ("stored", "resident", "seconds")}
     dim = "memory_method"
     return found | {
         "stored_memory": variable(dim, columns["stored"], "GB", "bytes of all tensors of the loaded model"),
         "resident_memory": variable(dim, columns["resident"], "GB", "growth of a process of its own, trimmed"),
-        "expected_memory": variable(dim, [expected[m] for m in footprint.METHODS], "GB", "parameter arithmetic"),
+        "expected_memory": variable(dim, [expected[m] for m in known], "GB", "parameter arithmetic"),
         "load_seconds": variable(dim, columns["seconds"], "s", "time to load and quantize, one thread"),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from lab.errors import UserError
 from lab.experiments.systems.measuring.quantization_methods import LAW_ROWS
 from lab.experiments.systems.quantization import Budget
 from lab.quantization.layers import WeightMap, Workshop, label, matrices
+from lab.quantization.libraries import library_of
 from lab.quantization.rounding import (
     Rounding,
     gaussian_error,
@@ -38,16 +39,17 @@ class Workbench:
     budget: Budget
     group: int
     labels: dict[str, list[str] | list[int]]
+    libraries: Collection[str]
 
     @classmethod
-    def of(cls, subject: LoadedSubject, budget: Budget, sweep: Sweep) -> Workbench:
-        """The tools for one subject."""
+    def of(cls, subject: LoadedSubject, budget: Budget, sweep: Sweep, libraries: Collection[str]) -> Workbench:
+        """The tools for one subject; `libraries` are the quantization libraries that are installed."""
         workshop = Workshop(subject.decoder)
         executor = Executor(subject.decoder)
         executor.variants = workshop.variants  # filled as programs are written
         columns = {m.in_features for layer in subject.decoder.layers for m in matrices(layer).values()}
         losses = ProgramLosses(executor, sweep, budget.batch_tokens, budget.head_dtype)
-        return cls(workshop, losses, budget, largest_group(columns, budget.group_sizes), {})
+        return cls(workshop, losses, budget, largest_group(columns, budget.group_sizes), {}, libraries)
 
     @property
     def n_layers(self) -> int:
@@ -58,6 +60,10 @@ class Workbench:
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return self.workshop.decoder.dtype
+
+    def has_library_of(self, method: str) -> bool:
+        """Whether the library that a method is of, if it is of one, is installed."""
+        return library_of(method) in (None, *self.libraries)
 
     def rounding(self, bits: int, scheme: str = "symmetric_amax") -> Rounding:
         """Round-to-nearest with this subject's group size."""
