@@ -64,7 +64,7 @@ faults: $(INSTALLED)
 fuzz: $(INSTALLED)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python findings/calibration/fuzzing.py all --cases 1400
 
-# Small mistakes in the instruments and statistics, eight in each module: the tests must notice. Hours on two cores, no weights.
+# Small mistakes in the instruments and statistics, eight in each module: the tests must notice. About an hour, no weights.
 mutants: $(INSTALLED)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python findings/calibration/mutating.py $(OPTIONS)
 
