@@ -135,6 +135,19 @@ def test_a_loss_that_is_not_finite_is_passed_on():
     assert loss[0].isnan().all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_with_its_prompt_and_program(value):
+    states = torch.stack([reference()] * 2)
+    row = int(BATCH.scored.row[0])
+    states[1, row] = value
+    expected = sums(programs=PROGRAMS[:1])["loss"][0]
+    found = CompletionLoss(llama(), BATCH, head_dtype=torch.float32, chunk_rows=5)(states)["loss"]
+    others = [index for index in range(len(LENGTHS)) if index != row]
+    assert not found[1, row].isfinite()
+    torch.testing.assert_close(found[1, others], expected[others])
+    torch.testing.assert_close(found[0], expected)
+
+
 def test_the_matrix_is_cast_once_and_not_copied_in_its_own_dtype():
     """Casting the head to its own dtype shares the model's memory; to another it is done once."""
     decoder = Decoder(tiny("llama"))

@@ -71,8 +71,8 @@ class CompletionLoss:
         self.reference = None if reference is None else self._scored(reference[None])[0]
         alone = compiler if reference is None and not target_probability else None
         self._compiled = Compiled(_target_log_probability, alone) if alone else None
-        # A product with it sums per prompt in a fixed order; adding by index has none on a CUDA device.
-        self._of_row = torch.eye(self.n_rows, dtype=torch.float64, device=decoder.device)[self.positions.row]
+        # Sums over a mask have a fixed order, which adding by index has not on a CUDA device.
+        self._of_row = self.positions.row[:, None] == torch.arange(self.n_rows, device=decoder.device)
 
     @torch.no_grad()
     def __call__(self, states: Tensor) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ class CompletionLoss:
                 programs = slice(first, first + at_once)
                 for name, values in self._measured(hidden[programs, chosen], chosen, intact).items():
                     total = sums.setdefault(name, values.new_zeros((len(hidden), self.n_rows)))
-                    total[programs] += values @ self._of_row[chosen]
+                    total[programs] += torch.where(self._of_row[chosen], values[..., None], 0).sum(1)
         return sums
 
     def _measured(self, hidden: Tensor, chosen: slice, intact: _Intact | None) -> dict[str, Tensor]:
