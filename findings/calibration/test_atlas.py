@@ -379,6 +379,14 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     assert (tmp_path / "atlas" / "index.html").exists()
 
 
+def test_a_figure_says_which_conditions_it_leaves_out(committed: Results, atlas: dict[str, bytes]) -> None:
+    page = atlas["experiments/layer_knockout.html"].decode()
+    conditions = {(column.subject, column.condition) for column in committed.columns if not column.published}
+    assert ("smollm2-135m-instruct", "full-bfloat16-cuda") in conditions
+    assert "not drawn: smollm2-135m-instruct, full-bfloat16-cuda." in page
+    assert "not drawn" not in atlas["experiments/spectral_peft.html"].decode()
+
+
 # ---- size
 
 

@@ -164,11 +164,16 @@ def _claim(results: Results, statement: Statement) -> dict[str, Any]:
 
 
 def _figure(name: str, snapshots: Sequence[Snapshot]) -> dict[str, Any] | None:
-    figure, records = figure_of(name), comparable(records_of(name, snapshots))
-    if figure is None or not records:
+    figure, every = figure_of(name), records_of(name, snapshots)
+    if figure is None or not every:
         return None
-    svg = Markup(themed(figure.svg(records)))
-    return {"svg": svg, "caption": figure.describe(records), "bands": any(record.kept_bands for record in records)}
+    records = comparable(every)
+    return {
+        "svg": Markup(themed(figure.svg(records))),
+        "caption": figure.describe(records),
+        "bands": any(record.kept_bands for record in records),
+        "not_drawn": [f"{one.subject}, {one.condition}" for one in every if not any(one is drawn for drawn in records)],
+    }
 
 
 def _subjects(results: Results) -> dict[str, Any]:
