@@ -2,10 +2,10 @@
 
 Goal: at least twice as fast as the faster of TransformerLens and nnsight. What the executor saves is arithmetic: it
 applies half of the layers, and multiplies with the vocabulary, a fifth of SmolLM2's forward pass, at scored positions
-only, which is worth the more the less of a text is scored. Measured apart, on a busy AVX2 core: TransformerLens took
-3.2 times the executor's time with 24 scored tokens after some 60 of the prompt (31.0 against 9.6 s); the plain loop 2.9
-times with 12 tokens and 2.0 with 64; nnsight 0.97 and TransformerLens 1.07 times that of the plain loop. So the goal is
-met where completions are short and about met where they are long; what is held is 1.7.
+only, which is worth the more the less of a text is scored. On one AVX2 core, after some 60 tokens of the prompt:
+with 24 scored tokens TransformerLens took 28.8 s, nnsight 25.3, the plain loop 24.5 and the executor 9.1, 2.8 times
+less than the faster peer; with 72 they took 31.4, 28.6, 29.6 and 15.2, 1.9 times less. So the goal is met where
+completions are short, and missed by a tenth where they are long.
 """
 
 import os
@@ -27,7 +27,8 @@ from lab.subjects.weights import required_location
 PEERS = ("transformer_lens", "nnsight", "transformers")
 PROMPTS = 2
 QUICK = EXPERIMENT.budgets["quick"]
-LEAST = 1.7
+#: times the faster peer's seconds, by scored tokens: a tenth to a fifth below what was measured
+LEAST = {24: 2.3, 72: 1.7}
 
 
 @pytest.fixture(scope="module")
@@ -71,4 +72,4 @@ def test_knockout_sweep_beside_the_peers(benchmark, subject, ask, one_thread, to
     ours, faster = benchmark.stats.stats.min, min(seconds["transformer_lens"], seconds["nnsight"])
     benchmark.extra_info |= {f"{name}, CPU seconds": round(value, 2) for name, value in seconds.items()}
     benchmark.extra_info |= {"ours, CPU seconds": round(ours, 2), "times the faster peer": round(faster / ours, 2)}
-    assert faster / ours >= LEAST
+    assert faster / ours >= LEAST[tokens]

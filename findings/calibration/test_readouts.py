@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lab.corpora.batches import Positions, TokenText, token_batches
 from lab.residual.executor import Executor
 from lab.residual.programs import identity, skip
-from lab.residual.readouts import CompletionLoss
+from lab.residual.readouts import CompletionLoss, log_softmax_
 from lab.subjects.anatomy import Decoder
 from lab.subjects.tiny import ARCHITECTURES, LAYERS, VOCABULARY, tiny
 
@@ -133,6 +133,15 @@ def test_a_loss_that_is_not_finite_is_passed_on():
     loss = sums(decoder)["loss"]
     assert loss[3].isfinite().all(), "without layer 2 the loss is finite"
     assert loss[0].isnan().all()
+
+
+def test_on_a_cpu_logits_are_normalized_in_their_place():
+    """Logits of a large vocabulary are the largest tensor of a sweep; a second one would double its memory."""
+    logits = torch.randn(2, 40, 7, generator=torch.Generator().manual_seed(0))
+    expected = torch.log_softmax(logits, -1)
+    found = log_softmax_(logits)
+    assert found.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
