@@ -42,6 +42,8 @@ def test_a_claim_about_every_layer_counts_once_and_holds_if_it_holds_at_all_of_t
 class Reporter:
     """As much of pytest's terminal as the summary writes to."""
 
+    isatty = True
+
     def __init__(self, verbosity: int = 0):
         self.verbosity, self._tw, self.lines = verbosity, SimpleNamespace(fullwidth=120, hasmarkup=False), []
 
@@ -61,6 +63,16 @@ def test_more_claims_than_fit_a_table_are_counted(monkeypatch, most, rows) -> No
     assert ("T-2.4" in printed) is rows
     assert ("7 claims: ✓ hold" in printed) is not rows
     assert "smollm2-135m-instruct (measured): 5 holds, 2 refuted, 2 not applicable, 1 not judged; 1 fragile" in printed
+
+
+@pytest.mark.parametrize("isatty", [True, False])
+def test_a_log_is_not_cut_to_a_terminals_width(monkeypatch, isatty) -> None:
+    monkeypatch.setattr(summary, "MOST_ROWS", 6)
+    monkeypatch.setattr(Reporter, "isatty", isatty)
+    reporter = Reporter()
+    reporter._tw.fullwidth = 40
+    summary.print_summary(reporter, RESULTS)
+    assert ("qwen3-4b-instruct-2507" in reporter.lines[1]) is not isatty
 
 
 def test_quiet_runs_print_the_totals_only() -> None:
