@@ -21,7 +21,7 @@ from lab.corpora.generator import DTYPE, Answer, generate
 from lab.corpora.prompts import Prompt, PromptSet
 from lab.corpora.reading import committed_path
 from lab.corpora.rendering import Rendering, render, special_ids, template_digest
-from lab.errors import UserError
+from lab.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from lab.subjects.catalog import Facts
@@ -133,7 +133,7 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load the tokenizer in {folder}: {first_line(error)}") from error
 
 
 def _completion(prompt: Prompt, rendering: Rendering, answer: Answer, tokenizer: Any, frame: str) -> Completion:

@@ -1,7 +1,7 @@
 """Decoder layers compiled for a CUDA device, where norms, rotary embeddings and activations would else move the memory.
 
-A layer of Qwen3-4B reads and writes some 0.7 MB per token between its matrix products, one operation of Transformers'
-code after the other; compiled, a fifth of that. Rounding differs: what is fused stays in float32 in between.
+Transformers' code does one operation after the other between its matrix products. A knockout sweep of a Qwen3-4B shape
+kept an H200 busy for 2.66 s so, and for 1.81 s with compiled layers. Rounding differs: what is fused stays in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import nn
 
 from lab.errors import first_line
 
-#: Parameters per layer from which compiling is worth its time: a smaller layer waits for its launches, not for memory.
+#: Parameters per layer from which layers are compiled. Argued, not measured: a smaller layer waits for its launches
+#: rather than for memory; SmolLM2's have 3.5 million, Qwen3-1.7B's 50 million.
 LEAST_PARAMETERS = 30_000_000
 
 Function = Callable[..., Any]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lab.errors import UserError
+from lab.errors import UserError, first_line
 from lab.memory import keep_freed_memory
 from lab.subjects.anatomy import hidden_of, split_call
 from lab.subjects.calls import Captured
@@ -104,7 +104,7 @@ class LayerReplay:
             except NotImplementedError as error:
                 kind = type(self.layer).__name__
                 raise UserError(
-                    f"PyTorch cannot differentiate a {kind} forwards ({str(error).splitlines()[0]}); "
+                    f"PyTorch cannot differentiate a {kind} forwards ({first_line(error)}); "
                     "its linearization gap cannot be measured"
                 ) from error
         return _checked(slopes, directions)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.corpora.fields import Fields
-from lab.errors import UserError
+from lab.errors import UserError, first_line
 from lab.subjects.configuration import facts_of_folder, slug
 from lab.subjects.facts import Adapted, Facts, Hub, Local, Source, WheelPart, Wheels
 
@@ -33,7 +33,7 @@ def read(path: Path) -> dict[str, Facts]:
     try:
         return read_tables(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"the catalog {path} is not whole TOML ({str(error).splitlines()[0]}); mend it") from error
+        raise UserError(f"the catalog {path} is not whole TOML ({first_line(error)}); mend it") from error
 
 
 def read_tables(tables: Any) -> dict[str, Facts]:

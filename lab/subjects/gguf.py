@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lab.errors import UserError
+from lab.errors import UserError, first_line
 from lab.subjects.configuration import CPU_LIMIT_BYTES, slug
 from lab.subjects.facts import Facts, Local, Wheels
 
@@ -37,8 +37,7 @@ def convert(gguf: Path, folder: Path, facts: Facts) -> None:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"Transformers cannot convert {gguf} ({reason})") from error
+            raise UserError(f"Transformers cannot convert {gguf} ({first_line(error)})") from error
         _forget_quantization(model)
         if facts.tied:
             tie(model, facts.name)

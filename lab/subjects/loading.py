@@ -14,7 +14,6 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoMod
 from lab.errors import UserError, first_line
 from lab.memory import release_freed_memory
 from lab.subjects.anatomy import Decoder
-from lab.subjects.attention_kernels import avoid_plans_per_shape
 from lab.subjects.configuration import read_config
 from lab.subjects.facts import Facts
 from lab.subjects.gguf import quiet_transformers
@@ -58,8 +57,6 @@ def load(facts: Facts, dtype: str = "bfloat16", device: str = "cpu") -> LoadedSu
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     folder = required_location(facts)
-    if place.type == "cuda":
-        avoid_plans_per_shape()
     model = _model(folder, facts.name, DTYPES[dtype], place)
     require_finite(model, facts.name)
     widen_slow_products(model)
