@@ -30,7 +30,7 @@ rounding_benchmark = pytest.mark.benchmark(group="one matrix of 1536 x 576, quan
 
 @pytest.fixture(scope="module")
 def texts(smollm2):
-    chosen, _, _ = samples(load_corpus(smollm2.facts, smollm2.tokenizer), smollm2, BUDGET)
+    chosen = samples(load_corpus(smollm2.facts, smollm2.tokenizer), smollm2, BUDGET).layers
     return Sample(chosen.prompts[:TEXTS], chosen.texts[:TEXTS], chosen.user_targets[:TEXTS])
 
 

@@ -19,6 +19,7 @@ from lab.experiments import experiment
 from lab.experiments.layers.measuring import activation_patching, contrastive_trajectories
 from lab.normalization.settings import NORM_TYPES, Bench, Training
 from lab.quantization import libraries
+from lab.quantization.whole_models import LIBRARIES
 from lab.store import Sweep
 from lab.subjects.facts import Local
 from lab.subjects.products import WIDE, widen_slow_products
@@ -64,6 +65,8 @@ CORPORA = {"linearization_gap": MANY, "layer_shuffle_recovery": ((7, 9), (5, 11)
 UNKNOWN = {"category_gap_p_value", "kendall_tau_late", "grid_levels"}
 #: NaN where a second series of calls disagrees, which on a busy machine all may
 DISTURBED = {"forward_latency", "backward_latency", "total_latency"}
+#: libraries with CUDA kernels of their own, or which move a model to the device themselves
+ABSENT = ("bitsandbytes", "torchao", "llmcompressor")
 MEASURED_HERE = (
     "logit_lens",
     "layer_knockout",
@@ -98,17 +101,10 @@ def subject_of(architecture="llama", folder=None, **changes):
 @pytest.fixture
 def device(monkeypatch):
     """A pretended device on a machine that has no libraries with CUDA kernels of their own."""
-    monkeypatch.setattr(libraries, "LIBRARIES", ("gguf", "no-bitsandbytes", "no-torchao"))
-    monkeypatch.setattr(libraries, "library_of", library_of)
-    from lab.experiments.systems.measuring import quantization_workbench
-
-    monkeypatch.setattr(quantization_workbench, "library_of", library_of)
+    there = {f"no-{name}" if name in ABSENT else name: methods for name, methods in LIBRARIES.items()}
+    monkeypatch.setattr(libraries, "LIBRARIES", there)
     with pretended_device() as mode:
         yield mode
-
-
-def library_of(method):
-    return next((f"no-{name}" for name in ("bitsandbytes", "torchao") if method.startswith(name)), None)
 
 
 # ---- the device refuses what CUDA refuses

@@ -357,7 +357,7 @@ class _Opposite:
 
 def test_every_method_runs_and_changes_the_loss():
     workshop, batch = Workshop(Decoder(wide("qwen2"))), batch_of()
-    chosen = methods(workshop, 32)
+    chosen = methods(workshop, 32, batch.ids.tolist())
     found = losses(workshop, batch, [identity(5), *(method.program(workshop) for method in chosen)])
     assert len({method.name for method in chosen}) == len(chosen)
     assert np.isfinite(found).all()

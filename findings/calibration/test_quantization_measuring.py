@@ -11,7 +11,6 @@ import torch
 import xarray as xr
 
 from lab.errors import NotApplicable, UserError
-from lab.experiments.systems.measuring import quantization_workbench
 from lab.experiments.systems.measuring.quantization_weights import expected_gigabytes
 from lab.experiments.systems.measuring.quantization_workbench import samples
 from lab.experiments.systems.quantization import Budget, Quantization, measure
@@ -93,14 +92,17 @@ def test_single_matrices_of_every_other_layer():
 def test_texts_of_recipes_are_others_than_those_of_the_layer_sweep():
     subject = loaded(model_of())
     for budget in (BUDGET, replace(BUDGET, layer_tokens=20, method_tokens=20, matrix_tokens=10)):
-        layers, methods, matrices = samples(random_corpus(LENGTHS), subject, budget)
-        assert not set(layers.prompts) & set(methods.prompts)
-        assert set(matrices.prompts) <= set(layers.prompts)
+        corpus = random_corpus(LENGTHS)
+        texts = samples(corpus, subject, budget)
+        assert not set(texts.layers.prompts) & set(texts.methods.prompts)
+        assert set(texts.matrices.prompts) <= set(texts.layers.prompts)
+        unscored = [text.completion_ids for text in corpus.texts if text.id not in texts.methods.prompts]
+        assert list(texts.calibration) == unscored
 
 
 def test_texts_are_completions_without_prompts():
     corpus = random_corpus(((7, 15), (4, 9)))
-    layers, _, _ = samples(corpus, loaded(model_of()), replace(BUDGET, block_tokens=10))
+    layers = samples(corpus, loaded(model_of()), replace(BUDGET, block_tokens=10)).layers
     (text,) = layers.texts
     assert text.ids == corpus.texts[0].completion_ids[:10]
     assert text.targets == tuple(range(1, 10))  # the first token has nothing before it
@@ -109,7 +111,7 @@ def test_texts_are_completions_without_prompts():
 def test_a_start_token_is_kept_where_prompts_have_one():
     corpus = random_corpus(((7, 15), (4, 9)))
     begun = [replace(text, prompt_ids=(1, *text.prompt_ids[1:])) for text in corpus.texts]
-    layers, _, _ = samples(replace(corpus, texts=tuple(begun)), loaded(model_of()), BUDGET)
+    layers = samples(replace(corpus, texts=tuple(begun)), loaded(model_of()), BUDGET).layers
     assert layers.texts[0].ids == (1, *corpus.texts[0].completion_ids)
     assert layers.texts[0].targets == tuple(range(1, 16))
 
@@ -171,8 +173,7 @@ def test_a_limit_that_the_texts_do_not_resolve_bars_the_claim():
 
 def test_missing_libraries_are_named(monkeypatch):
     """Their methods are left out of the record, with one line that says so; claims about them do not apply."""
-    monkeypatch.setattr(libraries, "LIBRARIES", ("gguf", "no-such-library"))
-    monkeypatch.setattr(quantization_workbench, "library_of", lambda name: "no-such-library" if "nf4" in name else None)
+    monkeypatch.setattr(libraries, "LIBRARIES", {"no-such-library": ("bitsandbytes_nf4",), **LIBRARIES})
     with pytest.warns(RuntimeWarning, match="not installed: no-such-library; the record lacks"):
         found = record_of(model_of())
     assert "bitsandbytes_nf4" not in found.methods

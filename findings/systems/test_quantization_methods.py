@@ -1,9 +1,8 @@
 """T-11 quantization: whole models under round-to-nearest and the methods of libraries.
 
 All linear maps of all layers are quantized; embedding and head stay in 16 bits, also for torchao, whose default takes
-the head too (the memory figures are those of its default). GPTQ is in the published record only: no maintained
-implementation installs beside current PyTorch and Transformers and runs on a CPU. Weights that were stored in few bits
-do not tell what full-precision weights lose at 4 bits: claims that need that say so.
+the head too (the memory figures are those of its default). Weights that were stored in few bits do not tell what
+full-precision weights lose at 4 bits: claims that need that say so. GPTQ and k-quants: `test_quantization_encoders`.
 """
 
 from fixtures.claims import claim, not_applicable

@@ -4,11 +4,7 @@ Weight-only methods are used through what they do to a matrix: quantize with the
 multiply as the model does. That is what their own forward computes (calibrated on tiny models), at the speed of
 ordinary products. LLM.int8 also quantizes activations, so its layers run the library's own modules.
 
-GPTQ has no maintained implementation that installs beside this project's PyTorch and Transformers and quantizes to 4
-bits on a CPU (llm-compressor asks for older ones, gptqmodel builds kernels for a GPU at installation, torchao's
-prototype needs a package of GPU kernels for anything below 8 bits), so it is not measured. Nor are the k-quants
-of GGUF: the `gguf` package decodes but does not encode them, and their blocks of 256 weights fit into the rows of none
-of the small subjects; its block-32 formats are measured instead.
+GPTQ, which needs texts, is in `lab.quantization.gptq`, the k-quants of GGUF are in `lab.quantization.ggml`.
 """
 
 from __future__ import annotations
@@ -29,6 +25,8 @@ from lab.quantization.layers import matrices
 from lab.quantization.whole_models import LIBRARIES
 
 NF4_BLOCK = 64
+#: bits per weight: a code, 8 bits for a block's scale, 32 per 256 of these for their own (Dettmers et al. 2023)
+NF4_STORED = 4 + 8 / NF4_BLOCK + 32 / (NF4_BLOCK * 256)
 OUTLIER_THRESHOLD = 6.0  #: LLM.int8: activations beyond it keep 16 bits (Dettmers et al. 2022)
 
 
@@ -55,7 +53,7 @@ def installed_libraries() -> dict[str, str]:
 
 def library_of(method: str) -> str | None:
     """The library that a method is of, by its name; None for methods of this project's own."""
-    return next((name for name in LIBRARIES if method.startswith(f"{name}_")), None)
+    return next((name for name, methods in LIBRARIES.items() if method.startswith(methods)), None)
 
 
 @dataclass(frozen=True)

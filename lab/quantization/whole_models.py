@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
@@ -13,8 +14,15 @@ from lab.records import Record
 #: Distinct values among 32 consecutive weights: about 31 in trained bfloat16 weights, 29 if they were stored in 8 bits,
 #: 27 in 6, 18 in 5, 13 in 4. At or below this limit a matrix counts as stored in 5 bits or fewer.
 DISTINCT_LIMIT = 24
-#: libraries whose methods are compared with those of this project
-LIBRARIES = ("bitsandbytes", "torchao", "gguf")
+#: libraries whose methods are compared with those of this project, and how names of their methods begin; the first
+#: that fits
+LIBRARIES: Mapping[str, tuple[str, ...]] = {
+    "bitsandbytes": ("bitsandbytes_",),
+    "torchao": ("torchao_",),
+    "llmcompressor": ("gptq_",),
+    "xllamacpp": ("gguf_q4_k", "gguf_q6_k"),
+    "gguf": ("gguf_",),
+}
 #: heavy tails move the error of rounding by up to 30 % from its Gaussian value (published: 0.739 to 0.149 / 0.117)
 ERROR_LAW = 0.4
 
@@ -137,6 +145,10 @@ class WholeModels(Record):
         """Methods of a nominal width that the record holds."""
         widths = self.variable("method_nominal_bits").values
         return [name for name, width in zip(self.methods, widths, strict=True) if width == bits]
+
+    def stored_bits(self, method: str) -> float:
+        """Bits that a method stores per weight of the layers' linear maps, scales included."""
+        return self._of_method("method_stored_bits", method)
 
     def require_every_library(self) -> None:
         """Raise NotApplicable where a quantization library was not installed: its methods are not among those held."""

@@ -25,10 +25,11 @@ SHAPES = {
 
 
 def tokens() -> list[str]:
-    """The vocabulary: every byte, one merge, two special tokens."""
+    """The vocabulary: every byte, two merges (some versions of Transformers take a list of one for a string), two special
+    tokens."""
     from tokenizers import pre_tokenizers
 
-    return [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "<|endoftext|>", "<|im_end|>"]
+    return [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "ab", "<|endoftext|>", "<|im_end|>"]
 
 
 def random_tensors(seed: int = 0) -> dict[str, np.ndarray]:
@@ -61,7 +62,7 @@ def write_gguf(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens())
     writer.add_token_types([1] * (len(tokens()) - 2) + [3, 3])
-    writer.add_token_merges(["Ġ a"])
+    writer.add_token_merges(["Ġ a", "a b"])
     writer.add_bos_token_id(len(tokens()) - 2)
     writer.add_eos_token_id(len(tokens()) - 1)
     writer.add_chat_template("{{ messages[0]['content'] }}")

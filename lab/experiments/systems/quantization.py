@@ -317,10 +317,11 @@ EXPERIMENT = Experiment(
         "linear_weights": Tolerance(0, 0, "a count"),
         "parameters": Tolerance(0, 0, "a count"),
         "method_nominal_bits": Tolerance(0, 0, "a label"),
+        "method_stored_bits": Tolerance(1e-9, 0, "arithmetic"),
         "stored_memory": Tolerance(0.001, 0, "bytes of tensors, but for small buffers that versions add"),
         "expected_memory": Tolerance(0, 0, "arithmetic"),
         "resident_memory": Tolerance(0.5, 0.2, "allocators keep what they like"),
         "load_seconds": Tolerance(0, float("inf"), "time on whichever machine; a benchmark, not a finding"),
     },
-    libraries=("torchao", "bitsandbytes"),
+    libraries=("torchao", "bitsandbytes", "llmcompressor", "xllamacpp"),
 )

@@ -8,10 +8,10 @@ import numpy as np
 import xarray as xr
 
 from lab.corpora.corpus import Corpus
-from lab.experiments.systems.measuring.quantization_methods import NOISE_SEED, TRUE_TWO_BITS, methods
+from lab.experiments.systems.measuring.quantization_methods import NOISE_SEED, TRUE_TWO_BITS, Method, methods
 from lab.experiments.systems.measuring.quantization_recipes import recipe_variables
 from lab.experiments.systems.measuring.quantization_weights import memory_variables, weight_variables
-from lab.experiments.systems.measuring.quantization_workbench import Variables, Workbench, law, samples
+from lab.experiments.systems.measuring.quantization_workbench import Texts, Variables, Workbench, law, samples
 from lab.experiments.systems.quantization import MATRIX_BITS, TYPE_BITS, Budget
 from lab.quantization.layers import WeightMap, matrices
 from lab.quantization.libraries import installed_libraries
@@ -29,20 +29,20 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     """See `lab.experiments.systems.quantization.measure`."""
     versions = installed_libraries()
     work = Workbench.of(subject, budget, sweep, versions)
-    layer_texts, method_texts, matrix_texts = samples(corpus, subject, budget)
-    variables = weight_variables(work) | _layer_variables(work, layer_texts)
-    variables |= _matrix_variables(work, matrix_texts) | _type_variables(work, method_texts)
-    variables |= _method_variables(work, method_texts)
-    variables |= recipe_variables(work, method_texts, variables)
+    texts = samples(corpus, subject, budget)
+    variables = weight_variables(work) | _layer_variables(work, texts.layers)
+    variables |= _matrix_variables(work, texts.matrices) | _type_variables(work, texts.methods)
+    variables |= _method_variables(work, texts)
+    variables |= recipe_variables(work, texts.methods, variables)
     variables |= memory_variables(subject, work)
     coords = {
         "layer": np.arange(work.n_layers),
         "matrix_layer": np.arange(0, work.n_layers, budget.matrix_stride),
         "bits": list(budget.layer_bits),
         "matrix": list(work.workshop.types),
-        "prompt_id": ("prompt", list(layer_texts.prompts)),
-        "method_prompt_id": ("method_prompt", list(method_texts.prompts)),
-        "matrix_prompt_id": ("matrix_prompt", list(matrix_texts.prompts)),
+        "prompt_id": ("prompt", list(texts.layers.prompts)),
+        "method_prompt_id": ("method_prompt", list(texts.methods.prompts)),
+        "matrix_prompt_id": ("matrix_prompt", list(texts.matrices.prompts)),
     }
     settings = {
         "group_size": work.group,
@@ -51,6 +51,7 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
         "noise_seed": NOISE_SEED,
         "quantization_libraries": versions,
         "text": "the subject's own completions as running text, without their prompts",
+        "calibration_tokens": sum(map(len, texts.calibration)),
     }
     return xr.Dataset(variables, coords | work.labels, {"settings": json.dumps(settings)})
 
@@ -132,33 +133,52 @@ def _type_variables(work: Workbench, texts: Sample) -> Variables:
 # ---- whole models
 
 
-def _method_variables(work: Workbench, texts: Sample) -> Variables:
-    chosen = [method for method in methods(work.workshop, work.group) if work.has_library_of(method.name)]
+def _method_variables(work: Workbench, texts: Texts) -> Variables:
+    known = methods(work.workshop, work.group, texts.calibration)
+    chosen = [method for method in known if work.has_library_of(method.name)]
     programs = {method.name: method.program(work.workshop) for method in chosen}
-    loss = work.losses("methods", texts, {"intact": identity(work.n_layers), **programs})["loss"]
+    loss = work.losses("methods", texts.methods, {"intact": identity(work.n_layers), **programs})["loss"]
     work.labels["method"] = list(programs)
-    maps = [method.weights for method in chosen]
-    dims = ("method", "method_prompt")
+    dims, tokens = ("method", "method_prompt"), texts.methods.scored_tokens
     return {
-        "method_scored_tokens": variable("method_prompt", texts.scored_tokens, "token", "scored tokens of methods"),
+        "method_scored_tokens": variable("method_prompt", tokens, "token", "scored tokens of methods"),
         "method_baseline_loss": variable("method_prompt", loss[0], "nat/token", "intact loss on the same texts"),
         "method_loss": variable(dims, loss[1:], "nat/token", "loss of the whole model under the method"),
         "method_nominal_bits": variable("method", [m.bits for m in chosen], "bit", "nominal width; NaN for noise"),
+        "method_stored_bits": variable(
+            "method",
+            [_stored_bits(work, method) for method in chosen],
+            "bit",
+            "stored per weight of the layers' linear maps, scales included; NaN for noise",
+        ),
         "method_weight_error": variable(
             "method",
-            [_middle_layer_error(work, weights) for weights in maps],
+            [_middle_layer_error(work, method.weights) for method in chosen],
             "1",
             "||W - W_hat|| / ||W||, mean over the matrices of the middle layer; NaN if activations change too",
         ),
         "method_gaussian_error": variable(
-            "method", [law(work, weights) for weights in maps], "1", "the same for Gaussian weights"
+            "method",
+            [law(work, None if method.calibrated else method.weights) for method in chosen],
+            "1",
+            "the same for Gaussian weights; NaN for methods that are calibrated on texts",
         ),
     }
+
+
+def _stored_bits(work: Workbench, method: Method) -> float:
+    """Mean over the weights of all linear maps."""
+    shapes = [linear.weight.shape for layer in work.workshop.decoder.layers for linear in matrices(layer).values()]
+    weights = np.array([rows * columns for rows, columns in shapes])
+    return float(np.average([method.stored(columns) for _, columns in shapes], weights=weights))
 
 
 def _middle_layer_error(work: Workbench, weights: WeightMap | None) -> float:
     if weights is None:
         return float("nan")
-    middle = work.workshop.decoder.layers[work.n_layers // 2]
-    originals = [linear.weight.detach() for linear in matrices(middle).values()]
-    return float(np.mean([relative_error(weight, weights(weight)) for weight in originals]))
+    middle = work.n_layers // 2
+    errors = []
+    for path, linear in matrices(work.workshop.decoder.layers[middle]).items():
+        own = linear.weight.detach()
+        errors.append(relative_error(own, weights(own, f"{middle}.{path}")))
+    return float(np.mean(errors))

@@ -92,8 +92,25 @@ class Workbench:
         }
 
 
-def samples(corpus: Corpus, subject: LoadedSubject, budget: Budget) -> tuple[Sample, Sample, Sample]:
-    """Texts of the layer sweep, of methods and recipes, and of single matrices (the first texts of the layer sweep).
+@dataclass(frozen=True)
+class Texts:
+    """What is read.
+
+    Attributes:
+        layers: texts of the layer sweep.
+        methods: texts of methods and recipes, none of them in the layer sweep.
+        matrices: the first texts of the layer sweep, on which single matrices are tried.
+        calibration: token ids of every text that `methods` lacks, whole: what calibrated methods see.
+    """
+
+    layers: Sample
+    methods: Sample
+    matrices: Sample
+    calibration: tuple[tuple[int, ...], ...]
+
+
+def samples(corpus: Corpus, subject: LoadedSubject, budget: Budget) -> Texts:
+    """Deal out the corpus.
 
     A text is one completion without its prompt, as running text; each is a block of correlated tokens, at most
     `block_tokens` long, and the unit of the bootstrap. Recipes are judged on texts that the layer sweep, from which
@@ -113,8 +130,9 @@ def samples(corpus: Corpus, subject: LoadedSubject, budget: Budget) -> tuple[Sam
     if not all(halves):
         raise UserError(f"the completions of {corpus.subject} are too few for two samples; make more of them")
     matrix = halves[0] if budget.matrix_tokens is None else _prefix(halves[0], budget.matrix_tokens)
-    layer_texts, method_texts, matrix_texts = map(_sample, (*halves, matrix))
-    return layer_texts, method_texts, matrix_texts
+    scored = {name for name, _ in halves[1]}
+    calibration = tuple(_running(text, start, None).ids for text in corpus.texts if text.id not in scored)
+    return Texts(_sample(halves[0]), _sample(halves[1]), _sample(matrix), calibration)
 
 
 def _start_token(corpus: Corpus, subject: LoadedSubject) -> tuple[int, ...]:
