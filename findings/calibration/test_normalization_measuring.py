@@ -16,7 +16,7 @@ from lab.experiments.surgery.measuring import normalization_latency
 from lab.experiments.surgery.measuring.normalization import parts
 from lab.experiments.surgery.measuring.normalization_losses import unpadded
 from lab.experiments.surgery.normalization import EXPERIMENT, Budget, Normalization, measure
-from lab.normalization import latency
+from lab.normalization import latency, recovery
 from lab.normalization.recovery import completion_loss, train
 from lab.normalization.replacements import LayerNorm, RmsNorm
 from lab.normalization.settings import NORM_TYPES, Bench, Training
@@ -323,6 +323,41 @@ def test_training_touches_the_norms_only_and_lowers_the_loss(architecture):
     assert losses[60] < losses[0] - 0.1
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("broken", "passes"), [((), 9), ((0,), 9), ((0, 1, 2), 3)])
+def test_texts_that_overflow_are_passed_over(monkeypatch, broken, passes):
+    """Once none of the three texts can teach anything, no more of the nine steps are computed; all marks are read."""
+    decoder = loaded(tiny("llama")).decoder
+    batches = unpadded(sample(random_corpus(LENGTHS), 3, None).texts)
+    calls, marks = [], {}
+
+    def loss(trained, batch):
+        calls.append(batch)
+        found = completion_loss(trained, batch)
+        return found * math.nan if (len(calls) - 1) % 3 in broken else found
+
+    monkeypatch.setattr(recovery, "completion_loss", loss)
+    norms = norms_of(decoder)
+    swapped = Renormed(decoder, norms, (*norms.block_roles, FINAL), LayerNorm)
+
+    def read(step, trained):
+        with torch.no_grad():
+            marks[step] = float(completion_loss(trained, batches[0]))
+
+    train(swapped, batches, Training(steps=(4, 9), learning_rate=1e-2), read)
+    assert len(calls) == passes
+    assert list(marks) == [0, 4, 9]
+    assert (marks[0] == marks[4] == marks[9]) == (len(broken) == 3)
+
+
+def test_norms_are_trained_on_all_texts_that_are_not_scored():
+    corpus = random_corpus(LENGTHS)
+    texts = parts(corpus, replace(BUDGET, prompts=2, calibration_prompts=1))
+    assert len(texts.scored.prompts) == 2
+    assert len(texts.calibration.prompts) == 1
+    assert set(texts.training.prompts) == {text.id for text in corpus.texts} - set(texts.scored.prompts)
+    assert set(texts.calibration.prompts) < set(texts.training.prompts)
 
 
 def test_the_loss_that_is_trained_is_the_loss_that_is_scored():

@@ -23,7 +23,8 @@ Checkpoint = Callable[[int, Renormed], None]
 def train(swapped: Renormed, batches: Sequence[TokenBatch], training: Training, checkpoint: Checkpoint) -> None:
     """Train scales and shifts of the replaced norms; everything else is frozen.
 
-    A step whose loss or gradient is not finite changes nothing.
+    A step whose loss or gradient is not finite changes nothing. Once all texts in a row have changed nothing, none ever
+    will, and the remaining checkpoints see the state as it is.
 
     Args:
         swapped: a decoder whose rule gives `Replacement`s. Its model is not written to.
@@ -36,16 +37,18 @@ def train(swapped: Renormed, batches: Sequence[TokenBatch], training: Training, 
     optimiser = torch.optim.Adam(parameters, lr=training.learning_rate)
     checkpoint(0, kept.renormed)
     places = [batch.to(swapped.decoder.device) for batch in batches]
-    for step, batch in enumerate(cycle(places), start=1):
-        if step > training.steps[-1]:
-            break
-        optimiser.zero_grad()
-        with torch.enable_grad():
-            loss = completion_loss(kept.renormed, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-        # Swaps that overflow on a text learn nothing from it; their loss, which is read, tells.
-        if bool(torch.isfinite(nn.utils.clip_grad_norm_(parameters, training.clip))):
-            optimiser.step()
+    idle = 0
+    for step, batch in zip(range(1, training.steps[-1] + 1), cycle(places), strict=False):
+        if idle < len(places):
+            optimiser.zero_grad()
+            with torch.enable_grad():
+                loss = completion_loss(kept.renormed, batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+            # Swaps that overflow on a text learn nothing from it; their loss, which is read, tells.
+            learns = bool(torch.isfinite(nn.utils.clip_grad_norm_(parameters, training.clip)))
+            idle = 0 if learns else idle + 1
+            if learns:
+                optimiser.step()
         if step in training.steps:
             checkpoint(step, kept.renormed)
 

@@ -14,10 +14,12 @@ massive activation of its first token; figures per token leave that token out.
 
 The quick budget scores 12 texts of up to 32 completion tokens (about 370 of them) and calibrates on 8 others: a small
 paired difference is then known to 0.02 nat, so that a swap that costs 0.06 is clear of 0.10 in most resamples, not in
-all. It leaves out single sites of single layers, a constant scale for the first token of single layers, and training:
-the recovery of a swap by training its scales (T-15.33) takes at least 100 passes forward and backward for each of four
-norms, 5 minutes of one core, and is a part of the full budget with settings of its own (`Training`). Times of kernels
-(T-15.27 to 29) are taken on CUDA devices only.
+all. It leaves out single sites of single layers and a constant scale for the first token of single layers. Times of
+kernels (T-15.27 to 29) are taken on CUDA devices only.
+
+The recovery of a swap by training its scales (T-15.33) takes 100 steps, one text each, on all texts that are not scored;
+the full budget goes on to 1000. The step size is that at which the control, the model's own norms trained alike, gains on
+the scored texts: on SmolLM2 its 0.630 nat became 0.524 after 30 steps at 1e-4, and 0.876 at 1e-3.
 """
 
 from __future__ import annotations
@@ -384,6 +386,7 @@ EXPERIMENT = Experiment(
             groups=(1, 8, 32, 64),
             removals=("identity", "frozen_scale_first_exact"),
             sites_separately=False,
+            training=Training(steps=(100,), learning_rate=1e-4),
         ),
         "full": Budget(
             prompts=None,
@@ -392,7 +395,7 @@ EXPERIMENT = Experiment(
             groups=(1, 8, 32, 64),
             removals=("identity", "frozen_scale", "frozen_scale_first_exact"),
             sites_separately=True,
-            training=Training(steps=(100, 500, 1000), learning_rate=1e-3),
+            training=Training(steps=(100, 500, 1000), learning_rate=1e-4),
             batch_tokens=16384,
         ),
     },

@@ -27,17 +27,18 @@ from lab.residual.sweeps import Sample, sample
 from lab.store import Sweep
 from lab.subjects.loading import LoadedSubject
 
-#: Of four texts in a row the last one calibrates and trains, the others are scored. Texts are balanced over seven
-#: categories in turn, so that both parts meet all of them.
+#: Of four texts in a row the last one calibrates, the others are scored as far as the budget goes. Texts are balanced
+#: over seven categories in turn, so that both parts meet all of them.
 CALIBRATE, EVERY = 3, 4
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Texts that are scored, and others on which constants are collected and norms trained."""
+    """Texts that are scored, and others: those on which constants are collected, and all on which norms are trained."""
 
     scored: Sample
     calibration: Sample
+    training: Sample
 
     @property
     def calibration_texts(self) -> list[TokenText]:
@@ -63,9 +64,12 @@ def parts(corpus: Corpus, budget: Budget) -> Parts:
         )
     held = [text for index, text in enumerate(corpus.texts) if index % EVERY == CALIBRATE]
     others = [text for index, text in enumerate(corpus.texts) if index % EVERY != CALIBRATE]
+    scored = sample(replace(corpus, texts=tuple(others)), budget.prompts, budget.tokens)
+    unscored = tuple(text for text in corpus.texts if text.id not in scored.prompts)
     return Parts(
-        sample(replace(corpus, texts=tuple(others)), budget.prompts, budget.tokens),
+        scored,
         sample(replace(corpus, texts=tuple(held)), budget.calibration_prompts, budget.tokens),
+        sample(replace(corpus, texts=unscored), None, budget.tokens),
     )
 
 
@@ -80,7 +84,7 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     variables = normalization_activations.measured(decoder, norms, texts.scored, sweep, budget)
     variables |= normalization_whole.measured(scorer, rules)
     variables |= normalization_layers.measured(scorer, rules)
-    variables |= normalization_recovery.measured(scorer, rules, texts.calibration_texts)
+    variables |= normalization_recovery.measured(scorer, rules, texts.training.texts)
     variables |= normalization_latency.measured(decoder.device, decoder.dtype, budget.bench, sweep)
     variables |= {
         "scored_tokens": variable("prompt", texts.scored.scored_tokens, "token", "completion tokens scored"),

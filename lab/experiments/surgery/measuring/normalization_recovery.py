@@ -1,4 +1,4 @@
-"""Scales and shifts of replaced norms trained on the calibration texts, and what it recovers on the scored ones."""
+"""Scales and shifts of replaced norms trained on texts that are not scored, and what it recovers on those that are."""
 
 from __future__ import annotations
 
