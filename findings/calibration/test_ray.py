@@ -76,12 +76,11 @@ def spread(subject, crew, kept):
 
 def measured(name, subject, sweep):
     """The record of small batches, so that there are many shards, without what was timed."""
-    experiment_ = experiment(name)
     budget = ADAPTERS if name == "spectral_peft" else small_budget(name)
     if hasattr(budget, "batch_tokens"):
         budget = replace(budget, batch_tokens=40)
-    record = experiment_.measure(subject, small_corpus(name), budget, sweep)
-    return record.drop_vars([name for name, values in record.data_vars.items() if values.attrs.get("unit") == "s"])
+    record = experiment(name).measure(subject, small_corpus(name), budget, sweep)
+    return record.drop_vars([label for label, values in record.data_vars.items() if values.attrs["unit"] == "s"])
 
 
 # ---- the same records
