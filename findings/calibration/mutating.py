@@ -29,7 +29,6 @@ import signal
 import sys
 import tempfile
 import time
-import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -40,10 +39,10 @@ from typing import Any
 
 import pytest
 from mutants import Mutant, mutants_of
+from mutation_report import line_of, result_of
 from reaching import Lines, Reach, Say, Suite, child, reached
 
 ROOT = Path(__file__).parents[2]
-SURVIVORS = Path(__file__).with_name("survivors.toml")
 #: the numeric core
 MODULES = (
     "lab/statistics/*.py", "lab/residual/*.py", "lab/quantization/rounding.py", "lab/quantization/layers.py",
@@ -56,11 +55,12 @@ MODULES = (
 TESTS = ("findings/*/test_*.py",)
 #: calibration of what is not mutated, or that runs in other processes, needs weights, or measures speed
 LEFT_OUT = (
-    "acestep_modules", "adapters", "anatomy", "alarms_on_smollm2", "arithmetic", "atlas", "atlas_browser",
-    "check_my_model", "checkpoints", "claims", "cli", "code_digest", "completions", "contrastive_groups",
-    "drawing", "faults", "figures", "fuzzing", "headers", "memory", "minimal_pairs", "mutating", "plugin",
-    "prompts", "ray", "rendering", "report_claims", "reports", "several_devices", "shapes", "specimens",
-    "subjects", "training", "transfer", "weights", "workers", "workflows", "bench_*", "peers*",
+    "acestep_modules", "adapters", "alarms_on_smollm2", "anatomy", "arithmetic", "atlas", "atlas_browser",
+    "atlas_files", "check_my_model", "checkpoints", "claims", "cli", "code_digest", "collection", "completions",
+    "contrastive_groups", "contrastive_reading", "drawing", "faults", "figures", "fuzzing", "headers", "memory",
+    "minimal_pairs", "mutating", "parcels", "plugin", "prompts", "ray", "rendering", "report_claims", "reports",
+    "several_devices", "shapes", "specimens", "subjects", "training", "transfer", "weights", "workers",
+    "workflows", "bench_*", "peers*",
 )  # fmt: skip
 #: a test may take so many times what it takes by itself, and `--margin` more; then it hangs
 PATIENCE = 8
@@ -314,53 +314,6 @@ def _python_files(path: Path) -> Iterable[Path]:
 
 def digest_of(content: Iterable[object]) -> str:
     return hashlib.sha256(json.dumps(list(content)).encode()).hexdigest()[:16]
-
-
-# ---- what is printed
-
-
-def line_of(module: str, outcomes: list[dict[str, Any]]) -> str:
-    """A module's row."""
-    listed = accepted_survivors()
-    kinds = Counter(kind_of(each, listed) for each in outcomes)
-    columns = (f"{kinds[kind]:>5}" for kind in ("killed", "equivalent", "accepted", "new"))
-    return f"{module:<44} {len(outcomes):>4} {' '.join(columns)}"
-
-
-def kind_of(entry: dict[str, Any], listed: dict[str, dict[str, str]]) -> str:
-    """`killed`, `equivalent`, `accepted`, or `new`: a survivor that is not listed."""
-    return "killed" if entry["outcome"] != "survived" else listed.get(entry["mutant"], {}).get("kind", "new")
-
-
-@functools.cache
-def accepted_survivors() -> dict[str, dict[str, str]]:
-    return {each["mutant"]: each for each in tomllib.loads(SURVIVORS.read_text()).get("survivor", [])}
-
-
-def result_of(outcomes: list[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """What the run found as JSON, and the lines that tell it."""
-    listed = accepted_survivors()
-    kinds = Counter(kind_of(each, listed) for each in outcomes)
-    counted = len(outcomes) - kinds["equivalent"]
-    power = kinds["killed"] / counted if counted else 1.0
-    ways = Counter(each["outcome"] for each in outcomes)
-    lines = [
-        f"survivor, not listed: {each['mutant']} (line {each['line']}; {each['tests'] or 'no'} tests run it)"
-        for each in outcomes
-        if kind_of(each, listed) == "new"
-    ]
-    lines += [
-        f"listed, but killed by {each['by']}: {each['mutant']}"
-        for each in outcomes
-        if each["mutant"] in listed and each["outcome"] != "survived"
-    ]
-    lines.append(
-        f"{len(outcomes)} mutants; {kinds['killed']} killed ({ways['hung']} hung, {ways['died']} died), "
-        f"{kinds['equivalent']} equivalent, {kinds['accepted']} accepted, {kinds['new']} new survivors: "
-        f"{power:.1%} of {counted} killed"
-    )
-    content = {"mutants": len(outcomes), "power": power, "kinds": dict(kinds), "outcomes": outcomes}
-    return content, lines
 
 
 def main() -> None:

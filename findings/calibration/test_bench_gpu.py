@@ -23,11 +23,10 @@ from lab.corpora.batches import TokenText
 from lab.experiments.layers.layer_knockout import EXPERIMENT as KNOCKOUT
 from lab.experiments.layers.layer_swap_cost import EXPERIMENT as SWAP
 from lab.experiments.layers.layer_swap_cost import all_pairs
-from lab.residual.compiled import layer_compiler
-from lab.residual.executor import Executor
+from lab.residual.compiled_losses import compiled_losses
 from lab.residual.plain import layers_exchanged, plain_losses
 from lab.residual.programs import identity, order, skip, swap
-from lab.residual.sweeps import ProgramLosses, Sample
+from lab.residual.sweeps import Sample
 from lab.store import Sweep
 from lab.subjects.anatomy import Decoder
 from lab.subjects.catalog import facts
@@ -78,9 +77,8 @@ def knockouts(n: int, layers: range) -> dict[str, tuple]:
 
 def executor_losses(decoder, texts, programs, budget, head_dtype="bfloat16"):
     """Losses [program, prompt] through the executor as the experiment sets it up, nat/token."""
-    compiler = layer_compiler(decoder.layers, decoder.device, budget.compiled)
-    executor = Executor(decoder, compiler=compiler)
-    return ProgramLosses(executor, Sweep(), budget.batch_tokens, head_dtype)("sweep", texts, programs)["loss"]
+    losses = compiled_losses(decoder, replace(budget, head_dtype=head_dtype), Sweep())
+    return losses("sweep", texts, programs)["loss"]
 
 
 def plain_loop(decoder, texts, programs):

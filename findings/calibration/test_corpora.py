@@ -1,4 +1,4 @@
-"""Corpora: files, limits, and what of a text is scored."""
+"""Corpora: their files, the source's format, and reference answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lab.corpora import completions_file
 from lab.corpora.byte_tokenizer import CHAT, byte_tokenizer
 from lab.corpora.checks import flags_of
 from lab.corpora.completions_file import Completion, CompletionsFile
-from lab.corpora.corpus import Corpus, Text, completion_slice, load_corpus, token_text, user_text
+from lab.corpora.corpus import Text, load_corpus, token_text
 from lab.corpora.degeneration import novel
 from lab.corpora.prompts import load_prompts
 from lab.corpora.references import reference_corpus
@@ -67,56 +67,6 @@ def content(tokenizer) -> CompletionsFile:
 def written(tmp_path, content) -> Path:
     completions_file.write(tmp_path / "completions.json", content)
     return tmp_path / "completions.json"
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40)), max_size=8))
-def test_completion_slice_covers_each_completion_token_once(lengths):
-    """For any P and T the targets are P .. T - 1."""
-    for prompt, completion in lengths:
-        total = prompt + completion
-        assert list(range(total))[completion_slice(prompt, total)] == list(range(prompt, total))
-
-
-def text_of(completion: tuple[int, ...], end_id: int | None = 2, **fields) -> Text:
-    return Text("t", "rare", (1, 5, 6, 7), completion, (1, 3), novel(completion), end_id=end_id, **fields)
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(3, 5), min_size=1, max_size=60), st.integers(1, 70), st.integers(1, 5))
-def test_targets_are_novel_completion_tokens(completion, max_tokens, stride):
-    """Cut first, then masked, then thinned out; never a prompt token, never the end token."""
-    text = text_of(tuple(completion))
-    scored = token_text(text, max_tokens=max_tokens, stride=stride)
-    kept = [4 + index for index, new in enumerate(text.novel[:max_tokens]) if new]
-    assert scored.ids == text.prompt_ids + text.completion_ids[:max_tokens]
-    assert scored.targets == tuple(kept[::stride])
-
-
-def test_repeated_tokens_and_the_end_token_are_scored_on_request():
-    """The published runs scored repeated tokens; the end token is reported apart."""
-    text = text_of((8, 9) * 8)
-    assert len(token_text(text).targets) < 16
-    assert token_text(text, score_repeated=True).targets == tuple(range(4, 20))
-    with_end = token_text(text, score_repeated=True, score_end_token=True)
-    assert (with_end.ids[-1], with_end.targets[-1]) == (2, 20)
-
-
-@pytest.mark.parametrize(("text", "max_tokens"), [(text_of((8, 9), end_id=None), None), (text_of((8, 9)), 1)])
-def test_an_end_token_that_the_model_did_not_set_is_not_scored(text, max_tokens):
-    """A completion that was cut, by the limit or by us, has no end."""
-    assert 2 not in token_text(text, max_tokens=max_tokens, score_end_token=True).ids
-
-
-def test_only_the_answer_behind_reasoning_is_scored():
-    """Reasoning stays in the context and out of the targets."""
-    assert token_text(text_of((8, 9, 10, 11), answer_start=3)).targets == (7,)
-
-
-def test_the_users_words_are_targets_with_a_predecessor():
-    """A span that begins the sequence starts at its second token."""
-    assert user_text(text_of((8,))) == (1, 2)
-    assert user_text(replace(text_of((8,)), user_span=(0, 3))) == (1, 2)
 
 
 def test_writer_and_reader_are_inverse(written, content):
@@ -362,59 +312,6 @@ def test_reasoning_that_never_closes_is_no_answer(foreign, toy):
     assert set(corpus.rejected.values()) == {("empty", "truncated")}
     (text,) = corpus.texts
     assert text.completion_ids[text.answer_start - 1] == closing
-
-
-def corpus_of(*lengths: int, rejected: int = 0, agreement: float = 0.99, loss: float = 0.5, repeat: int = 1) -> Corpus:
-    """Texts of these many tokens in 3 categories; each token sequence is given `repeat` times over."""
-    texts = []
-    for index, length in enumerate(lengths):
-        ids = tuple(range(10, 10 + length // repeat)) * repeat
-        texts.append(
-            Text(f"t{index}", "abc"[index % 3], (1, 2), ids, (0, 1), novel(ids), greedy_agreement=agreement, loss=loss)
-        )
-    unfit = {f"r{index}": ("loop",) for index in range(rejected)}
-    return Corpus("toy", tuple(texts), SYSTEM, {"completion_source": "greedy"}, unfit, ("a", "b", "c"))
-
-
-def test_a_good_corpus_has_no_problems():
-    """50 answers of 60 tokens."""
-    assert corpus_of(*[60] * 50).problems() == []
-
-
-@pytest.mark.parametrize(
-    ("corpus", "problem"),
-    [
-        (corpus_of(*[60] * 39, rejected=11), "only 39 of 50 completions are fit to be measured on (11 loop)"),
-        (corpus_of(*[900] * 7), "only 2 completions of category b are fit, fewer than 3"),
-        (corpus_of(*[29] * 50), "only 1450 tokens can be scored, fewer than 1500"),
-        (corpus_of(*[2000] * 5, *[20] * 45), "the tokens weigh like 6 prompts, fewer than 15"),
-        (corpus_of(*[2000] * 5, *[20] * 45), "the 5 longest completions hold 92% of the tokens"),
-        (corpus_of(*[60] * 50, agreement=0.9), "only 90.0% of the tokens are the model's argmax"),
-        (corpus_of(*[60] * 50, loss=1.2), "the completions cost the model 1.20 nat/token: not its own text"),
-    ],
-)
-def test_each_limit_is_told(corpus, problem):
-    """One corpus per limit that it fails."""
-    assert problem in corpus.problems()
-
-
-def test_repetition_counts_only_where_it_is_scored():
-    """The mask takes repeated tokens away, so they are no fault then."""
-    repeated = corpus_of(*[120] * 50, repeat=2)
-    assert repeated.problems() == []
-    assert repeated.problems(score_repeated=True) == ["44% of the tokens repeat 8-grams"]
-
-
-def test_reference_answers_are_not_held_to_the_models_own_text():
-    """Loss and argmax say nothing where the text is ours."""
-    corpus = corpus_of(*[60] * 50, agreement=0.3, loss=3.0)
-    assert replace(corpus, settings={"completion_source": "reference"}).problems() == []
-
-
-def test_a_prefix_is_balanced():
-    """The first n texts of a corpus, categories within one of each other."""
-    prefix = corpus_of(*[60] * 50).prefix(7)
-    assert sorted(sum(text.category == category for text in prefix.texts) for category in "abc") == [2, 2, 3]
 
 
 @pytest.mark.parametrize(("frame", "blank"), [("chat", ""), ("plain", " ")])

@@ -12,55 +12,22 @@ import pytest
 import torch
 
 from findings.calibration.pretended_device import CPU, CUDA, pretended_device
+from findings.calibration.small_budgets import small_budget, small_corpus
 from lab.corpora.contrastive_groups import CONTRASTS, PREFIXES, Group
 from lab.corpora.contrastive_tokens import ContrastivePair, TokenGroups, TokenSequence
 from lab.corpora.minimal_pairs import TokenPair
 from lab.experiments import experiment
 from lab.experiments.layers.measuring import activation_patching, contrastive_trajectories
-from lab.normalization.settings import NORM_TYPES, Bench, Training
+from lab.normalization.settings import NORM_TYPES
 from lab.quantization import libraries
 from lab.quantization.whole_models import LIBRARIES
 from lab.store import Sweep
 from lab.subjects.facts import Local
 from lab.subjects.products import WIDE, widen_slow_products
-from lab.subjects.tiny import VOCABULARY, loaded, random_corpus, tiny
+from lab.subjects.tiny import VOCABULARY, loaded, tiny
 
 pytestmark = pytest.mark.calibration
 
-LENGTHS = ((7, 15), (4, 9), (9, 13), (3, 12), (5, 11), (4, 14), (6, 9), (5, 8))
-MANY = tuple((5 + index % 4, 9 + index % 5) for index in range(15))
-#: what of a full budget is a matter of size
-SMALLER = {
-    "layer_knockout": {"pair_prompts": 4},
-    "linearization_gap": {
-        "local_tokens": 4,
-        "directions": 2,
-        "rounded_directions": 2,
-        "principal": 3,
-        "iterated_prompts": 2,
-        "ranks": (4, 16),
-        "spectral_steps": 3,
-        "power_steps": 2,
-    },
-    "contrastive_trajectories": {"batch_tokens": 64},
-    "layer_shuffle_recovery": {
-        "seeds": 1,
-        "stages": ((1, 8), (2, 10)),
-        "proposals": 12,
-        "random_passes": 1,
-        "bubble_sweeps": 1,
-        "reinsertion_passes": 1,
-        "largest_block": 2,
-        "heldout_texts": 3,
-        "heldout_tokens": 12,
-    },
-    "quantization": {"permutations": 2, "footprints": False},
-    "normalization": {
-        "training": Training(steps=(2,), learning_rate=1e-3),
-        "bench": Bench(2, 1, 1, (64,), (8,), tuple(name for name in NORM_TYPES if name != "rms_norm_compiled")),
-    },
-}
-CORPORA = {"linearization_gap": MANY, "layer_shuffle_recovery": ((7, 9), (5, 11)) * 5 + ((4, 6),)}
 #: what texts of one category, short decoders, and weights that lie on no grid do not have
 UNKNOWN = {"category_gap_p_value", "kendall_tau_late", "grid_levels"}
 #: NaN where a second series of calls disagrees, which on a busy machine all may
@@ -78,10 +45,6 @@ MEASURED_HERE = (
     "quantization",
     "normalization",
 )
-
-
-def budget_of(name):
-    return replace(experiment(name).budgets["full"], **SMALLER.get(name, {}))
 
 
 def subject_of(architecture="llama", folder=None, **changes):
@@ -182,8 +145,8 @@ def test_every_experiment_measures_on_the_device(device, name, tmp_path):
     other = name == "normalization"
     made = {"architecture": "qwen3", "num_hidden_layers": 2} if other else {}
     subject = subject_of(folder=tmp_path if name == "weight_spectra" else None, **made)
-    corpus = random_corpus(CORPORA.get(name, LENGTHS))
-    data = experiment(name).measure(subject, corpus, budget_of(name), Sweep())
+    corpus = small_corpus(name)
+    data = experiment(name).measure(subject, corpus, small_budget(name), Sweep())
     missing = [name for name, values in data.data_vars.items() if np.isnan(values.values).all()]
     assert set(missing) <= UNKNOWN | DISTURBED
     if name == "normalization":
@@ -194,7 +157,7 @@ def test_every_experiment_measures_on_the_device(device, name, tmp_path):
 
 def test_sliding_windows_are_replayed_on_the_device(device):
     data = experiment("layer_knockout").measure(
-        subject_of("gemma3_text"), random_corpus(LENGTHS), budget_of("layer_knockout"), Sweep()
+        subject_of("gemma3_text"), small_corpus("layer_knockout"), small_budget("layer_knockout"), Sweep()
     )
     assert np.isfinite(data["knockout_loss"]).all()
 
@@ -217,7 +180,7 @@ def random_pairs(count=4, length=7, span=2):
 
 def test_trajectories_measure_on_the_device(device):
     found = contrastive_trajectories.measured(
-        subject_of().decoder, layout(), budget_of("contrastive_trajectories"), Sweep()
+        subject_of().decoder, layout(), small_budget("contrastive_trajectories"), Sweep()
     )
     assert np.isfinite(found["kl_divergence"].values).all()
 

@@ -4,9 +4,7 @@ import os
 import random
 import re
 import signal
-import threading
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -14,39 +12,44 @@ import numpy as np
 import pytest
 import torch
 
+from findings.calibration.small_budgets import small_budget, small_corpus
+from findings.calibration.word_tokenizer import word_tokenizer
+from lab.adapters import lora
 from lab.cluster.address import require_reachable
 from lab.cluster.agreement import disagreement
-from lab.corpora.byte_tokenizer import byte_tokenizer
 from lab.errors import UserError
-from lab.experiments.layers import layer_knockout, logit_lens, weight_spectra
+from lab.experiments import experiment, modules
+from lab.experiments.surgery import spectral_peft
 from lab.store import Sweep
 from lab.subjects.loading import load
-from lab.subjects.tiny import random_corpus, tiny
+from lab.subjects.tiny import tiny
 from lab.subjects.uncatalogued import named_model
+from lab.training import making, recipes, specimens
 
 pytestmark = pytest.mark.calibration
 
 needs_ray = pytest.mark.skipif(
     find_spec("ray") is None, reason="Ray is not installed; pip install 'dl-findings[ray]' has sweeps spread in tests"
 )
-CORPUS = random_corpus(((7, 5), (4, 9), (9, 3), (12, 8), (20, 10), (30, 5)))
-KNOCKOUT = layer_knockout.Budget(None, None, None, None, None, head_dtype="float32", batch_tokens=40)
-EXPERIMENTS = {
-    # layer programs, whose shards are known ahead; greedy steps wait for those before
-    "layer_knockout": partial(layer_knockout.measure, budget=KNOCKOUT),
-    # a loop that looks into each shard before it asks for the next
-    "logit_lens": partial(logit_lens.measure, budget=logit_lens.Budget(None, None, stride=2, batch_tokens=40)),
-    # shards that are collected first and asked for by several threads
-    "weight_spectra": partial(weight_spectra.measure, budget=weight_spectra.EXPERIMENT.budgets["quick"]),
-}
+#: T-18 needs adapters, and has a test of its own
+EXPERIMENTS = [name for name in modules() if experiment(name).budgets and name != "spectral_peft"]
+ADAPTERS = spectral_peft.Budget(
+    ("A",), ("H",), (0,), sweep=False, problems=3, text_tokens=20, specimens="spectral-peft"
+)
 
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "toy-llama"
-    tiny("llama", num_hidden_layers=8, vocab_size=300).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return load(named_model(str(folder)), "float32", "cpu")
+    """A decoder with norms of heads, in files, with the name that the recipes of the workshop have."""
+    folder, tokenizer = tmp_path_factory.mktemp("models") / "tiny", word_tokenizer()
+    size = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": len(tokenizer)}
+    tiny("qwen3", **size).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return subject_in(named_model(str(folder)))
+
+
+def subject_in(facts):
+    return load(facts, "bfloat16", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +61,10 @@ def cluster():
     joined.close()
 
 
-def briefing(subject, experiment="layer_knockout"):
-    from lab import experiments
+def briefing(subject, name="layer_knockout"):
     from lab.cluster.worker import Briefing
 
-    return Briefing(subject.facts, "float32", "cpu", experiments.modules()[experiment], ())
+    return Briefing(subject.facts, "bfloat16", "cpu", modules()[name], experiment(name).libraries)
 
 
 def spread(subject, crew, kept):
@@ -73,7 +75,12 @@ def spread(subject, crew, kept):
 
 
 def measured(name, subject, sweep):
-    return EXPERIMENTS[name](subject, CORPUS, sweep=sweep)
+    """The record of small batches, so that there are many shards, without what was timed."""
+    budget = ADAPTERS if name == "spectral_peft" else small_budget(name)
+    if hasattr(budget, "batch_tokens"):
+        budget = replace(budget, batch_tokens=40)
+    record = experiment(name).measure(subject, small_corpus(name), budget, sweep)
+    return record.drop_vars([label for label, values in record.data_vars.items() if values.attrs["unit"] == "s"])
 
 
 # ---- the same records
@@ -90,6 +97,20 @@ def test_a_spread_sweep_gives_the_same_record_to_the_last_bit(subject, cluster, 
     assert len(list(tmp_path.glob("*.npz"))) >= len(sweep._sent)  # a killed run resumes, spread or not
     resumed = measured(name, subject, Sweep(tmp_path))
     assert resumed.identical(record)
+
+
+@needs_ray
+@pytest.mark.skipif(not lora.is_available(), reason=lora.NEED)
+def test_adapters_on_a_changed_model_are_read_here(subject, cluster, workshop):
+    """The model has been made competent in memory; what workers have loaded is not."""
+    planned = spectral_peft.runs(ADAPTERS, recipes.rates())
+    for name in (recipes.family()["base"], *(run.name for run in planned)):
+        with specimens.building(recipes.recipe(name)) as folder:
+            making.trained(subject_in(subject.facts), recipes.recipe(name), folder)
+    here = measured("spectral_peft", subject, Sweep())
+    sweep = spread(subject, cluster.crew(subject, briefing(subject, "spectral_peft")), Sweep())
+    assert measured("spectral_peft", subject, sweep).identical(here)
+    assert not sweep._sent
 
 
 class Killing:
@@ -158,6 +179,7 @@ def test_an_error_in_a_worker_is_what_it_would_be_here(subject, cluster):
     good = sweep.shard("good", work_on(subject, lambda: {"one": np.ones(2)}))
     bad = sweep.shard("bad", work_on(subject, refuse))
     assert good["one"].tolist() == [1, 1]
+    assert good["one"].flags.writeable
     with pytest.raises(UserError, match=r"^the loss is NaN$"):
         bad.keys()
     with pytest.raises(ZeroDivisionError) as caught:
@@ -180,6 +202,15 @@ def test_a_shard_that_kills_every_worker_is_named(subject, cluster, monkeypatch)
     crew.forget()
     again = spread(subject, cluster.crew(subject, briefing(subject)), Sweep())
     assert again.shard("good", work_on(subject, lambda: {"one": np.ones(1)}))["one"] == 1
+
+
+@needs_ray
+def test_a_model_that_was_changed_here_is_no_workers_model(subject, cluster):
+    changed = subject_in(subject.facts)
+    changed.decoder.layers[0].mlp.down_proj.weight.data.mul_(2)
+    with pytest.raises(UserError, match=r"would measure something else: weights in memory: [0-9a-f]{12} there, "):
+        cluster.crew(changed, briefing(changed)).wait_for_workers()
+    cluster.crew(subject, briefing(subject)).wait_for_workers()
 
 
 @needs_ray
@@ -265,97 +296,3 @@ def test_ray_and_processes_of_xdist_exclude_each_other(suite):
     result = suite.run("--ray", "local", "-n", "2")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert "--ray and -n exclude each other; say how many workers with --workers" in str(result.stderr)
-
-
-# ---- what is sent
-
-
-@needs_ray
-def test_work_is_sent_without_the_model_and_only_if_it_needs_it(subject):
-    from lab.cluster.parcels import Packer, unpack
-
-    packer = Packer(subject)
-    layer = subject.decoder.layers[3]
-    weight = layer.mlp.down_proj.weight
-    other = replace(subject, model=tiny("llama", num_hidden_layers=8, vocab_size=300, seed=1))
-
-    def work():
-        return {"sum": weight.sum().numpy(), "same": np.array(layer.mlp.down_proj.weight is weight)}
-
-    parcel = packer.pack(work)
-    assert len(parcel.content) < 3_000 < weight.numel() * 4
-    assert parcel.threads == torch.get_num_threads()
-    found = unpack(parcel, other)()
-    assert found["same"]
-    assert found["sum"] == other.model.model.layers[3].mlp.down_proj.weight.sum().numpy()
-    assert packer.pack(lambda: {"one": np.ones(1)}) is None
-    lock = threading.Lock()
-    assert packer.pack(work_on(subject, lambda: {"one": np.array(lock.locked())})) is None
-
-
-@needs_ray
-def test_work_on_a_changed_model_stays_here(subject):
-    from lab.cluster.parcels import Packer
-
-    packer = Packer(subject)
-    work = work_on(subject, dict)
-    layer = subject.decoder.layers[0]
-    assert packer.pack(work) is not None
-    hook = layer.register_forward_hook(lambda *about: None)
-    assert packer.pack(work) is None
-    hook.remove()
-    assert packer.pack(work) is not None
-    own, layer.mlp = layer.mlp, torch.nn.Identity()
-    assert packer.pack(work) is None
-    layer.mlp = own
-    assert packer.pack(work) is not None
-
-
-@needs_ray
-def test_all_batches_of_layer_programs_are_known_ahead(subject):
-    from lab.cluster.spread import siblings
-
-    asked: dict[str, list] = {}
-
-    class Noting(Sweep):
-        def shard(self, name, compute):
-            asked[name] = sorted(siblings(name, compute))
-            return super().shard(name, compute)
-
-    measured("layer_knockout", subject, Noting())
-    together = asked["single layers 0"]
-    assert len(together) > 2
-    assert together == sorted(name for name in asked if name.startswith("single layers "))
-    assert all(asked[name] == together for name in together)
-
-
-@needs_ray
-def test_pending_arrays_are_a_dict_that_waits():
-    from lab.cluster.spread import Pending
-
-    waits = []
-
-    def pending():
-        return Pending(lambda: waits.append(1) or {"a": 1, "b": 2})
-
-    whole = {"a": 1, "b": 2}
-    late = pending()
-    assert waits == []
-    assert late["a"] == 1
-    assert len(waits) == 1
-    assert late.get("c", 3) == 3
-    assert len(late) == 2
-    assert "b" in late
-    assert len(waits) == 1
-    for taken in (dict(pending()), {**pending()}, pending() | {}, {} | pending(), pending().copy()):
-        assert taken == whole
-    merged: dict = {}
-    merged |= pending()
-    assert merged == whole
-    merged = {}
-    merged.update(pending())
-    assert merged == whole
-    assert list(pending()) == ["a", "b"] == list(pending().keys())
-    assert list(pending().items()) == [("a", 1), ("b", 2)]
-    assert list(pending().values()) == [1, 2]
-    assert (lambda **given: given)(**pending()) == whole

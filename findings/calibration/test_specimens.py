@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from lab import cli, paths
+from lab import cli
 from lab.adapters import lora
 from lab.adapters.adapted_weights import AGGRESSIVE, GENTLE
 from lab.adapters.allocations import Shape, allocation, parameters
-from lab.corpora import thinking
 from lab.corpora.byte_tokenizer import byte_tokenizer
-from lab.corpora.exercises import worked_exercises
 from lab.errors import NotApplicable, UserError
 from lab.experiments.surgery.measuring import spectral_peft as measuring
 from lab.experiments.surgery.spectral_peft import EXPERIMENT, Budget, Run, SpectralPeft, runs
@@ -39,37 +37,6 @@ QUICK = Budget(
     text_tokens=20,
     specimens="spectral-peft",
 )
-
-
-@pytest.fixture
-def workshop(tmp_path, monkeypatch):
-    """A folder of specimens and recipes of its own, for a tiny model."""
-    text = (paths.DATA / "specimens" / "recipes.toml").read_text(encoding="utf-8")
-    text = (
-        text.replace('"smollm2-135m-instruct"', '"tiny"')
-        .replace("steps = 200", "steps = 2")
-        .replace("steps = 160", "steps = 2")
-        .replace("steps = 60", "steps = 2")
-    )
-    text = (
-        text.replace("batch = 16", "batch = 2").replace("warmup = 20", "warmup = 1").replace("warmup = 6", "warmup = 1")
-    )
-    (tmp_path / "data" / "specimens").mkdir(parents=True)
-    (tmp_path / "data" / "specimens" / "recipes.toml").write_text(text, encoding="utf-8")
-    (tmp_path / "data" / "specimens" / "manifest.json").write_text("{}")
-    (tmp_path / "data" / "prompts.json").write_bytes((paths.DATA / "prompts.json").read_bytes())
-    monkeypatch.setattr(paths, "DATA", tmp_path / "data")
-    monkeypatch.setenv("DL_FINDINGS_CACHE", str(tmp_path / "cache"))
-    # two steps read four texts: a hundred are enough to draw them from, and quickly put into tokens
-    monkeypatch.setattr(making, "worked_exercises", lambda tokenizer, all_: worked_exercises(tokenizer, all_[:100]))
-    monkeypatch.setattr(thinking, "TRAINED", 40)
-    monkeypatch.setattr(thinking, "EVALUATED", 3)
-    monkeypatch.setattr(answers, "ROOM", 0.05)
-    thinking.items.cache_clear()
-    recipes._document.cache_clear()
-    yield tmp_path / "data" / "specimens"
-    recipes._document.cache_clear()
-    thinking.items.cache_clear()
 
 
 def subject():

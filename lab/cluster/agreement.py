@@ -37,6 +37,7 @@ def conditions(subject: LoadedSubject, module: str, libraries: Iterable[str]) ->
         module: dotted name of the experiment's module.
         libraries: whose versions its numbers depend on, besides those of all experiments.
     """
+    from lab.cluster.states import bits
     from lab.subjects.weights import required_location
 
     return {
@@ -44,6 +45,7 @@ def conditions(subject: LoadedSubject, module: str, libraries: Iterable[str]) ->
         **{library: library_version(library) for library in (*LIBRARIES, *libraries)},
         "processor": processor(subject.device.type),
         "weights": subject.digest[:12],
+        "weights in memory": f"{sum(map(bits, subject.model.parameters())) % 2**48:012x}",
         "folder of the weights": str(required_location(subject.facts)),
     }
 

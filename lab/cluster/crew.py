@@ -170,7 +170,7 @@ class RayCrew:
             if member.task is None:
                 self._welcome(member, result)
             else:
-                self._finished.append((member.task, result))
+                self._finished.append((member.task, result if isinstance(result, Exception) else _own(result)))
                 del self._parcels[member.task]
                 member.task, self._fruitless = None, 0
 
@@ -237,6 +237,11 @@ class RayCrew:
         if self._fruitless > TRIES * self._count:
             raise UserError(f"{self._name} loses all its workers; the last: {_line(error)}")
         self._start()
+
+
+def _own(arrays: Arrays) -> Arrays:
+    """Copies: Ray's arrays cannot be written to, and lie in its object store as long as anyone has them."""
+    return {name: values.copy(order="K") for name, values in arrays.items()}
 
 
 def _connect(ray: Any, address: str, cpus: int) -> None:

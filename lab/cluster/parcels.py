@@ -12,6 +12,7 @@ import torch
 from ray import cloudpickle
 from threadpoolctl import threadpool_info
 
+from lab.cluster.states import state
 from lab.store import Arrays, Sweep
 from lab.subjects.loading import LoadedSubject
 
@@ -46,16 +47,16 @@ class Packer:
     def __init__(self, subject: LoadedSubject):
         self._subject = subject
         self._names = {id(part): name for name, part in parts(subject).items()}
-        self._state = _state(subject.model)
+        self._state = state(subject.model)
 
     def pack(self, work: Callable[[], Arrays]) -> Parcel | None:
         """The work as a parcel; None if it is to be done here.
 
         That is work that does not touch the model, for which its data would only be sent about; work that holds
         what cannot be sent, such as an open file; and work on a model that is, for the time being, not as it was
-        loaded (a module replaced, a hook set), since a worker's model is.
+        loaded (a module replaced, a hook set, an adapter merged into its weights), since a worker's model is.
         """
-        if _state(self._subject.model) != self._state:
+        if state(self._subject.model) != self._state:
             return None
         stream = io.BytesIO()
         pickler = _Pickler(stream, self._names)
@@ -114,16 +115,3 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, name: str) -> Any:
         """The part of this name here."""
         return Sweep() if name == SWEEP else self._own[name]
-
-
-def _state(model: torch.nn.Module) -> tuple[Any, ...]:
-    """What changes when someone replaces a module, hooks into one, or writes to a weight."""
-    modules = [
-        (name, id(module), len(module._forward_hooks), len(module._forward_pre_hooks), module.__dict__.get("forward"))
-        for name, module in model.named_modules()
-    ]
-    weights = [
-        (name, id(weight), weight.data_ptr(), weight._version, weight.requires_grad)
-        for name, weight in model.named_parameters()
-    ]
-    return *modules, *weights

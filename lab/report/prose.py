@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from lab.report.results import Range
+from lab.report.folds import Range
 
 MINUS = "\N{MINUS SIGN}"
 SHOWN = 8  #: elements of a list, places of a claim

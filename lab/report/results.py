@@ -1,4 +1,4 @@
-"""Claims by subjects: the cells of the matrix, each one verdict or a fold of many, and what they add up to."""
+"""Claims by subjects: the cells of the matrix, and what they add up to."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from lab import experiments
 from lab.report.claims import Statement
+from lab.report.folds import Fold
 from lab.report.recorded import Fresh, Snapshot, Verdict, place
 from lab.snapshots.addresses import natural
 
@@ -45,74 +45,13 @@ def column(subject: str, condition: str) -> Column:
     return Column(place(subject, condition), subject, condition)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """The verdicts of one claim in one column: one, or one per layer, matrix or pair."""
-
-    verdicts: tuple[Verdict, ...]
-
-    @cached_property
-    def judged(self) -> list[Verdict]:
-        """Those that hold or are refuted."""
-        return [verdict for verdict in self.verdicts if verdict.verdict != "not applicable"]
-
-    @cached_property
-    def failing(self) -> list[Verdict]:
-        """Those that are refuted."""
-        return [verdict for verdict in self.judged if verdict.verdict == "refuted"]
-
-    @cached_property
-    def fragile_places(self) -> list[Verdict]:
-        """Those that hold, but not on most resamples of the prompts."""
-        return [verdict for verdict in self.judged if verdict.fragile]
-
-    @property
-    def fragile(self) -> bool:
-        """Whether the claim holds, but at some place not on most resamples of the prompts."""
-        return self.verdict == "holds" and bool(self.fragile_places)
+class Cell(Fold[Verdict]):
+    """The verdicts of one claim in one column."""
 
     @cached_property
     def moved(self) -> list[Verdict]:
         """Those of a fresh run that are not what the snapshot records."""
         return [verdict for verdict in self.verdicts if verdict.recorded]
-
-    @property
-    def repeated(self) -> bool:
-        """Whether the claim was judged at more than one place."""
-        return len(self.verdicts) > 1 or self.verdicts[0].where is not None
-
-    @property
-    def verdict(self) -> str:
-        """Refuted if it is at any place; not applicable if it is at all."""
-        return "refuted" if self.failing else "holds" if self.judged else "not applicable"
-
-    @property
-    def support(self) -> float | None:
-        """The least support of all places: the claim as a whole has no more."""
-        return min((verdict.support for verdict in self.judged if verdict.support is not None), default=None)
-
-    @property
-    def threshold(self) -> str | None:
-        """What was needed, if it is the same everywhere."""
-        found = {verdict.threshold for verdict in self.judged if verdict.threshold}
-        return next(iter(found)) if len(found) == 1 else None
-
-    @property
-    def measured(self) -> Any:
-        """What was measured; for many places the least and the greatest number."""
-        values = [verdict.measured for verdict in self.judged if verdict.measured is not None]
-        if len(self.verdicts) == 1:
-            return values[0] if values else None
-        numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-        return Range(min(numbers), max(numbers)) if numbers else None
-
-
-@dataclass(frozen=True)
-class Range:
-    """The least and the greatest of many measured numbers."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

@@ -278,17 +278,13 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
     Completion tokens and tokens of template and prompt are scored in the same passes. The intact
     model runs as one of the programs, so that D is a difference of paired losses.
     """
-    from lab.residual.compiled import layer_compiler
-    from lab.residual.executor import Executor
-    from lab.residual.sweeps import ProgramLosses
+    from lab.residual.compiled_losses import compiled_losses
 
-    compiler = layer_compiler(subject.decoder.layers, subject.device, budget.compiled)
-    executor = Executor(subject.decoder, compiler=compiler)
-    losses = ProgramLosses(executor, sweep, budget.batch_tokens, budget.head_dtype)
+    losses = compiled_losses(subject.decoder, budget, sweep)
     texts = with_context(corpus, budget)
     moved = spread(subject.decoder.n_layers, budget.move_layers)
     variables = _swap_variables(losses, texts, budget.swap_groups) | _move_variables(losses, texts, moved)
-    variables["update_correlation"] = _update_correlation(subject, executor, texts, budget.batch_tokens)
+    variables["update_correlation"] = _update_correlation(subject, losses.executor, texts, budget.batch_tokens)
     kinds = attention_kinds(subject)
     names = sorted(set(kinds))
     described = "kind of attention, numbered as in the settings (attention_kinds)"

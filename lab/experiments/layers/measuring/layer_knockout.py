@@ -14,7 +14,7 @@ from lab.corpora.batches import token_batches
 from lab.corpora.corpus import Corpus
 from lab.experiments.layers.layer_knockout import Budget, all_pairs
 from lab.records import variable
-from lab.residual.compiled import layer_compiler
+from lab.residual.compiled_losses import compiled_losses
 from lab.residual.executor import Executor
 from lab.residual.programs import Program, skip
 from lab.residual.sweeps import ProgramLosses, Sample, sample, token_mean
@@ -26,12 +26,11 @@ Variables = dict[str, xr.Variable]
 
 def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep) -> xr.Dataset:
     """See `lab.experiments.layers.layer_knockout.measure`."""
-    compiler = layer_compiler(subject.decoder.layers, subject.device, budget.compiled)
-    executor = Executor(subject.decoder, compiler=compiler)
-    losses = ProgramLosses(executor, sweep, budget.batch_tokens, budget.head_dtype)
+    losses = compiled_losses(subject.decoder, budget, sweep)
     many = sample(corpus, budget.prompts, budget.tokens)
     few = sample(corpus, budget.pair_prompts, budget.pair_tokens)
-    variables = _single_variables(losses, many) | _residual_variables(subject, executor, many, budget.batch_tokens)
+    variables = _single_variables(losses, many)
+    variables |= _residual_variables(subject, losses.executor, many, budget.batch_tokens)
     variables |= _pair_variables(losses, few)
     variables |= _pruning_variables(losses, few, variables["pair_single_loss"].values)
     variables |= _block_variables(losses, few, budget.block_sizes, variables)

@@ -1,0 +1,147 @@
+"""What is sent to workers: work without the model, if it needs the model and the model is as it was loaded."""
+
+import threading
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from findings.calibration.small_budgets import small_budget, small_corpus
+from lab.corpora.batches import token_batches
+from lab.experiments import experiment
+from lab.residual.executor import Executor
+from lab.residual.programs import identity, skip
+from lab.residual.sweeps import ProgramLosses, sample
+from lab.store import Sweep
+from lab.subjects.tiny import loaded, tiny
+
+pytestmark = pytest.mark.calibration
+
+if find_spec("ray") is None:
+    pytest.skip("Ray is not installed; pip install 'dl-findings[ray]'", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return loaded(tiny("llama", num_hidden_layers=8))
+
+
+def work_on(subject, action):
+    """Work that touches the model; a function inside of a function is sent as a whole."""
+
+    def work():
+        subject.decoder.n_layers  # noqa: B018
+        return action()
+
+    return work
+
+
+def test_work_is_sent_without_the_model_and_only_if_it_needs_it(subject):
+    from lab.cluster.parcels import Packer, unpack
+
+    packer = Packer(subject)
+    layer = subject.decoder.layers[3]
+    weight = layer.mlp.down_proj.weight
+    other = replace(subject, model=tiny("llama", num_hidden_layers=8, seed=1))
+
+    def work():
+        return {"sum": weight.sum().numpy(), "same": np.array(layer.mlp.down_proj.weight is weight)}
+
+    parcel = packer.pack(work)
+    assert len(parcel.content) < 3_000 < weight.numel() * 4
+    assert parcel.threads == torch.get_num_threads()
+    found = unpack(parcel, other)()
+    assert found["same"]
+    assert found["sum"] == other.model.model.layers[3].mlp.down_proj.weight.sum().numpy()
+    assert packer.pack(lambda: {"one": np.ones(1)}) is None
+    lock = threading.Lock()
+    assert packer.pack(work_on(subject, lambda: {"one": np.array(lock.locked())})) is None
+
+
+def test_work_on_a_changed_model_stays_here(subject):
+    from lab.cluster.parcels import Packer
+
+    packer = Packer(subject)
+    work = work_on(subject, dict)
+    layer = subject.decoder.layers[0]
+    assert packer.pack(work) is not None
+    hook = layer.register_forward_hook(lambda *about: None)
+    assert packer.pack(work) is None
+    hook.remove()
+    assert packer.pack(work) is not None
+    own, layer.mlp = layer.mlp, torch.nn.Identity()
+    assert packer.pack(work) is None
+    layer.mlp = own
+    assert packer.pack(work) is not None
+    weight = layer.input_layernorm.weight
+    before = weight.detach().clone()
+    weight.data[3] += 1e-6  # which PyTorch does not count as a change
+    assert packer.pack(work) is None
+    weight.data.copy_(before)
+    assert packer.pack(work) is not None
+
+
+@pytest.mark.parametrize("compiler", [None, "eager"])
+def test_layer_programs_are_sent_whether_or_not_layers_are_compiled(subject, compiler):
+    from lab.cluster.parcels import Packer, unpack
+
+    texts = sample(small_corpus("layer_knockout"), None, None)
+    (batch, *_), programs = token_batches(texts.texts, 40), {"intact": identity(8), "without layer 1": skip(8, [1])}
+    losses = ProgramLosses(Executor(subject.decoder, compiler=compiler), Sweep(), 40, "float32")
+    work = partial(losses._sums, batch, texts, programs, True, False)
+    found, here = unpack(Packer(subject).pack(work), subject)(), work()
+    assert all(np.array_equal(found[name], here[name]) for name in here)
+    assert (here["loss"][0] != here["loss"][1]).any()
+
+
+def test_all_batches_of_layer_programs_are_known_ahead(subject):
+    from lab.cluster.spread import siblings
+
+    asked: dict[str, list] = {}
+
+    class Noting(Sweep):
+        def shard(self, name, compute):
+            asked[name] = sorted(siblings(name, compute))
+            return super().shard(name, compute)
+
+    experiment("layer_knockout").measure(
+        subject, small_corpus("layer_knockout"), small_budget("layer_knockout", batch_tokens=40), Noting()
+    )
+    together = asked["single layers 0"]
+    assert len(together) > 2
+    assert together == sorted(name for name in asked if name.startswith("single layers "))
+    assert all(asked[name] == together for name in together)
+
+
+def test_pending_arrays_are_a_dict_that_waits():
+    from lab.cluster.spread import Pending
+
+    waits = []
+
+    def pending():
+        return Pending(lambda: waits.append(1) or {"a": 1, "b": 2})
+
+    whole = {"a": 1, "b": 2}
+    late = pending()
+    assert waits == []
+    assert late["a"] == 1
+    assert len(waits) == 1
+    assert late.get("c", 3) == 3
+    assert len(late) == 2
+    assert "b" in late
+    assert len(waits) == 1
+    for taken in (dict(pending()), {**pending()}, pending() | {}, {} | pending(), pending().copy()):
+        assert taken == whole
+    merged: dict = {}
+    merged |= pending()
+    assert merged == whole
+    merged = {}
+    merged.update(pending())
+    assert merged == whole
+    assert list(pending()) == ["a", "b"] == list(pending().keys())
+    assert list(pending().items()) == [("a", 1), ("b", 2)]
+    assert list(pending().values()) == [1, 2]
+    assert (lambda **given: given)(**pending()) == whole
