@@ -61,6 +61,17 @@ def test_markers_part_published_from_measured(suite):
     assert all("tiny" in name for name in named(suite.run("--collect-only", "-q", "-m", "measured")))
 
 
+@pytest.mark.parametrize("source", ["published", "measured"])
+def test_a_source_alone_has_the_tests_and_ids_of_the_whole(suite, source):
+    """Tests that `-m published` or `-m measured` would deselect are not even made; the others are what they are."""
+    suite.publish()
+    asked = ("--collect-only", "-q", "--subject", "famous", "--device", "cpu")
+    alone, picked = suite.run(*asked, "-m", source), suite.run(*asked, "-m", f"{source} and {source}")
+    assert "deselected" not in str(alone.stdout)
+    assert "deselected" in str(picked.stdout)
+    assert named(alone) == named(picked) != []
+
+
 @pytest.mark.parametrize(
     ("expression", "expected"),
     [
@@ -174,11 +185,13 @@ def test_claims_may_be_parametrized_over_other_places(suite):
     assert [row["where"] for row in suite.verdicts()] == ["k_proj", "q_proj"]
 
 
-def test_collecting_imports_no_torch():
+def test_collecting_claims_imports_nothing_slow():
     code = (
         "import sys, pytest\n"
-        "assert pytest.main(['findings/layers', '--collect-only', '-qq', '-p', 'no:cacheprovider']) == 0\n"
-        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+        "claims = ['findings', '-m', 'published or measured', '--collect-only']\n"
+        "assert pytest.main([*claims, '-qq', '-p', 'no:cacheprovider']) == 0\n"
+        "slow = ('torch', 'transformers', 'scipy.stats', 'sklearn', 'matplotlib.pyplot', 'hypothesis')\n"
+        "print([name for name in slow if name in sys.modules])"
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from lab.statistics.correlations import (
     holm,
@@ -39,7 +39,7 @@ def test_holm_lies_between_the_p_value_and_bonferroni(p_values):
 def test_rank_correlation_is_spearmans(profile, random):
     other = list(profile)
     random.shuffle(other)
-    expected = stats.spearmanr(profile, other).statistic if len(set(profile)) > 1 else np.nan
+    expected = scipy.stats.spearmanr(profile, other).statistic if len(set(profile)) > 1 else np.nan
     assert rank_correlation(profile, other) == pytest.approx(expected, nan_ok=True)
 
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy
 import torch
-from scipy.cluster.hierarchy import linkage
 from torch import nn
 from torch.nn import functional
 
@@ -262,6 +262,6 @@ def test_published_clusters_follow_from_the_published_matrix(original):
     for count in (3, 4, 5, 6):
         recorded = original.data["ward_cluster_label"].sel(num_clusters=count).values.tolist()
         assert clusters(original.cost, count) == recorded
-    tree = linkage(condensed(original.cost), "ward")
+    tree = scipy.cluster.hierarchy.linkage(condensed(original.cost), "ward")
     assert np.allclose(tree[:, 2], original.data["ward_linkage"].sel(field="height"), rtol=2e-4)
     assert np.array_equal(tree[:, 3], original.data["ward_linkage"].sel(field="size"))

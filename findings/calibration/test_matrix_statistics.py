@@ -4,9 +4,9 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from lab.statistics.clustering import (
     LINKAGES,
@@ -49,9 +49,9 @@ def test_mantel_p_values_are_shares_of_all_relabellings():
     """Of five items (an odd number), all 120 orders can be counted; 999 random ones come within three deviations."""
     x = symmetric(5, 1)
     y = x + 0.8 * symmetric(5, 2)
-    given = stats.spearmanr(upper_triangle(x), upper_triangle(y)).statistic
+    given = scipy.stats.spearmanr(upper_triangle(x), upper_triangle(y)).statistic
     orders = [np.array(order) for order in permutations(range(5))]
-    null = [stats.spearmanr(upper_triangle(x[np.ix_(o, o)]), upper_triangle(y)).statistic for o in orders]
+    null = [scipy.stats.spearmanr(upper_triangle(x[np.ix_(o, o)]), upper_triangle(y)).statistic for o in orders]
     exact = np.mean(np.array(null) >= given - 1e-9)
     assert 0 < exact < 0.5
     assert mantel_p_value(x, y) == pytest.approx(exact, abs=3 * (exact * (1 - exact) / 999) ** 0.5 + 0.001)
@@ -61,7 +61,7 @@ def test_mantel_p_values_are_shares_of_all_relabellings():
 @settings(max_examples=25, deadline=None)
 def test_correlation_is_spearmans_over_the_pairs(n, seed):
     x, y = symmetric(n, seed), symmetric(n, seed + 100)
-    expected = stats.spearmanr(upper_triangle(x), upper_triangle(y)).statistic
+    expected = scipy.stats.spearmanr(upper_triangle(x), upper_triangle(y)).statistic
     assert matrix_correlation(x, y) == pytest.approx(expected)
 
 
@@ -98,7 +98,7 @@ def test_a_matrix_is_associated_with_itself():
 def test_p_values_of_unrelated_matrices_are_uniform():
     """Kolmogorov-Smirnov over 200 pairs of matrices that share nothing."""
     p_values = [mantel_p_value(symmetric(10, seed), symmetric(10, seed + 1000)) for seed in range(200)]
-    assert stats.kstest(p_values, "uniform").pvalue > 0.01
+    assert scipy.stats.kstest(p_values, "uniform").pvalue > 0.01
 
 
 def test_shared_items_do_not_feign_an_association():
@@ -106,7 +106,7 @@ def test_shared_items_do_not_feign_an_association():
     effects = np.random.default_rng(0).normal(size=(2, 200, 12))
     sums = effects[..., :, None] + effects[..., None, :]
     pairs = [(upper_triangle(x), upper_triangle(y)) for x, y in zip(*sums, strict=True)]
-    plain = np.mean([stats.spearmanr(x, y, alternative="greater").pvalue < 0.05 for x, y in pairs])
+    plain = np.mean([scipy.stats.spearmanr(x, y, alternative="greater").pvalue < 0.05 for x, y in pairs])
     mantel = np.mean([mantel_p_value(x, y) < 0.05 for x, y in zip(*sums, strict=True)])
     assert plain > 0.15
     assert mantel < 0.1

@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from lab import published
 from lab.statistics import order_search, orders, seriation
@@ -22,7 +22,7 @@ permutations = st.integers(2, 20).flatmap(lambda n: st.permutations(range(n)))
 @given(permutations)
 def test_tau_is_scipys_and_the_same_for_the_inverse(order):
     order = np.array(order)
-    expected = stats.kendalltau(order, np.arange(len(order))).statistic
+    expected = scipy.stats.kendalltau(order, np.arange(len(order))).statistic
     assert orders.kendall_tau(order) == pytest.approx(expected, abs=1e-12)
     assert orders.kendall_tau(orders.positions_of(order)) == orders.kendall_tau(order)
     assert orders.kendall_tau(order[::-1]) == pytest.approx(-expected, abs=1e-12)
@@ -135,7 +135,7 @@ def test_rising_norms_are_never_turned_round(order):
     assert seriation.oriented(sorted(order), norms) == sorted(order)
     turned = seriation.oriented(order, norms)
     assert turned in (list(order), list(order)[::-1])
-    assert stats.spearmanr(turned, norms).statistic >= -1e-12
+    assert scipy.stats.spearmanr(turned, norms).statistic >= -1e-12
 
 
 def test_wins_order_a_transitive_relation():

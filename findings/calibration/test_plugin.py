@@ -52,6 +52,17 @@ def test_outcome_table(suite, recorded, now, expected):
     assert "INTERNALERROR" not in str(result.stdout)
 
 
+def test_an_expected_failure_keeps_no_traceback_unless_asked_for(suite):
+    suite.run("--snapshot-update")
+    asked = ("--xfail-tb", "-k", "L02")
+    short, full = suite.run(*asked), suite.run(*asked, "--full-trace")
+    for result in (short, full):
+        result.assert_outcomes(xfailed=1)
+    short.stdout.fnmatch_lines(["All traceback entries are hidden*"])
+    assert "def pytest_pyfunc_call" not in str(short.stdout)
+    assert "def pytest_pyfunc_call" in str(full.stdout)
+
+
 def test_failure_says_what_was_measured_and_what_was_needed(suite):
     result = suite.run("-k", "L02")
     result.stdout.fnmatch_lines(

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from lab.statistics.proportions import (
     best_case_p_value,
@@ -34,7 +34,7 @@ def test_what_is_identical_differs_by_nothing(right):
 @given(st.integers(0, 30), st.integers(0, 30))
 def test_mcnemar_is_a_coin_toss(first, second):
     tosses = np.arange(first + second + 1)
-    chances = stats.binom.pmf(tosses, first + second, 0.5)
+    chances = scipy.stats.binom.pmf(tosses, first + second, 0.5)
     extreme = np.abs(tosses - (first + second) / 2) >= abs(first - second) / 2
     assert mcnemar_p_value(first, second) == pytest.approx(min(1, chances[extreme].sum()))
 

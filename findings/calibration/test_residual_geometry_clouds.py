@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+import scipy
 import torch
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import ortho_group
 
 from lab.experiments.layers.measuring.residual_geometry import cloud
 from lab.experiments.layers.measuring.residual_geometry_variables import RECORDED
@@ -74,7 +74,7 @@ def test_flatness_of_an_exact_identity_is_one():
 
 def two_levels(p, a, q, b, d):
     """Points on the axes of a random basis, with p variances a and q variances b."""
-    basis = ortho_group.rvs(d, random_state=1)
+    basis = scipy.stats.ortho_group.rvs(d, random_state=1)
     scaled = np.concatenate([np.sqrt(a) * np.eye(d)[:p], np.sqrt(b) * np.eye(d)[p : p + q]])
     return np.vstack([scaled, -scaled]) @ basis
 
@@ -97,7 +97,7 @@ def test_a_planted_spectrum_gives_its_dimension_shares_and_rank(p, a, q, b):
 @pytest.mark.parametrize("removed", [1, 2])
 def test_projecting_out_directions_leaves_the_rest_of_the_spectrum(removed):
     spectrum = np.array([90.0, 30.0, 3.0, 2.0, 1.0])
-    points = np.diag(np.sqrt(spectrum)) @ ortho_group.rvs(8, random_state=2)[:5]
+    points = np.diag(np.sqrt(spectrum)) @ scipy.stats.ortho_group.rvs(8, random_state=2)[:5]
     rest = spectrum[removed:]
     record = geometry(np.vstack([points, -points]))
     expected = rest.sum() ** 2 / (rest**2).sum()
@@ -165,7 +165,7 @@ clouds = st.builds(
 @given(rows=clouds, scale=st.floats(0.01, 100))
 def test_shape_is_unchanged_by_rotation_and_scale(rows, scale):
     # Two leading directions: beyond N - 1 of them eigenvalues are rounding, and so is their geometric mean.
-    turned = geometry(scale * rows @ ortho_group.rvs(rows.shape[1], random_state=7), rank=2)
+    turned = geometry(scale * rows @ scipy.stats.ortho_group.rvs(rows.shape[1], random_state=7), rank=2)
     plain = geometry(rows, rank=2)
     for name in (*CENTRED, *RAW, "spectral_flatness_leading", "variance_top1", "participation_ratio_unit"):
         assert value(turned, name) == pytest.approx(value(plain, name), rel=1e-6, abs=1e-7), name

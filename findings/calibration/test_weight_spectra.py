@@ -232,6 +232,13 @@ def test_layers_without_attention_have_gaps_and_no_verdict(tmp_path):
         found.at(queries, 0)
     with pytest.raises(NotApplicable, match="no up_proj"):
         found.of(found.ratio, "up_proj")
+    assert found.entry(found.ratio, 4, "q_proj") == found.at(queries, 4)
+    with pytest.raises(NotApplicable, match="layer 0 has no such matrix"):
+        found.entry(found.ratio, 0, "q_proj")
+    with pytest.raises(NotApplicable, match="layer 5 has no such matrix"):
+        found.entry(found.ratio, 5, "q_proj")
+    with pytest.raises(NotApplicable, match="no up_proj"):
+        found.entry(found.ratio, 0, "up_proj")
     assert found.circuit_ratio("qk").sizes["layer"] == 2
 
 
@@ -318,6 +325,15 @@ def test_published_figures_agree_with_each_other(original):
     stable = data["frobenius_norm_squared"] / data["largest_singular_value"] ** 2
     assert np.allclose(stable, data["stable_rank"], rtol=2e-4)
     assert np.allclose(original.effective_rank / original.max_rank, original.ratio, atol=6e-5)
+
+
+def test_an_entry_is_the_number_at_its_labels(original):
+    """In either order of the dimensions; `entry` finds it by position."""
+    for quantity in (original.ratio, original.max_rank + 0 * original.ratio):
+        for name in MATRICES:
+            found = [original.entry(quantity, layer, name) for layer in range(36)]
+            assert found == [float(quantity.sel(layer=layer, matrix=name)) for layer in range(36)]
+            assert found == original.of(quantity, name).values.tolist()
 
 
 def test_published_zone_tests_follow_from_the_published_ratios(original):

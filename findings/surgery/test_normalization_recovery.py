@@ -7,8 +7,9 @@ from fixtures.claims import claim
 def test_training_norms_recovers_layer_norm(normalization):
     """Training scales and shifts recovers at least 0.8 of what LayerNorm costs on held-out texts.
 
-    Planned by the source, not run: up to 1000 small steps on completions, everything else frozen; 100 in a quick budget.
-    The model's own norms are trained alike, and what that gains is taken off: a model learns the texts' style, too.
+    Planned by the source, not run: up to 1000 small steps on completions, everything else frozen; 100 in a quick
+    budget. The model's own norms are trained alike, and what that gains is taken off: a model learns the texts' style,
+    too.
     """
     assert normalization.recovered("layer_norm") >= 0.8
 

@@ -1,7 +1,7 @@
 """T-18 spectral-guided PEFT in weight space: whether ranks follow spectra, and what adapters do to spectra."""
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from fixtures.claims import claim
 from lab.adapters.merging import gaussian_merge
@@ -74,7 +74,7 @@ def test_the_gap_of_gate_is_significant(spectral_peft, weight_spectra):
     """Gate's effective ranks in the late layers differ from those on the plateau: p below 0.0001 (Mann and Whitney)."""
     ratio = weight_spectra.of(weight_spectra.ratio, "gate_proj").values
     border = weight_spectra.border
-    assert stats.mannwhitneyu(ratio[:border], ratio[border:]).pvalue < 1e-4
+    assert scipy.stats.mannwhitneyu(ratio[:border], ratio[border:]).pvalue < 1e-4
 
 
 @claim("T-18.8c", "control")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -64,4 +63,6 @@ def save(figure: Figure, path: Path, *, title: str, description: str) -> None:
             FigureCanvasAgg(figure).print_png(str(part), metadata=facts)  # type: ignore[no-untyped-call]
         else:
             about = {"Title": title, "Subject": description, "CreationDate": None}
+            from matplotlib.backends.backend_pdf import FigureCanvasPdf  # imports fontTools: half a second
+
             FigureCanvasPdf(figure).print_pdf(str(part), metadata=about)  # type: ignore[no-untyped-call]

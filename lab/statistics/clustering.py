@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import scipy
 import xarray as xr
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial.distance import squareform
 
 LINKAGES = ("ward", "average", "complete")
 
@@ -25,13 +23,14 @@ def clusters(distances: np.ndarray | xr.DataArray, count: int, method: str = "wa
         method: linkage. Ward's assumes Euclidean distances, so believe no cut that average and
             complete linkage do not share.
     """
-    tree = linkage(condensed(distances), method)
-    return in_order_of_appearance(fcluster(tree, count, "maxclust"))
+    tree = scipy.cluster.hierarchy.linkage(condensed(distances), method)
+    return in_order_of_appearance(scipy.cluster.hierarchy.fcluster(tree, count, "maxclust"))
 
 
 def condensed(distances: np.ndarray | xr.DataArray) -> np.ndarray:
     """The pairs i < j of a distance matrix [n, n] as scipy wants them [n(n-1)/2], negative ones set to 0."""
-    pairs: np.ndarray = squareform(np.clip(np.asarray(distances, dtype=float), 0, None), checks=False)
+    square = np.clip(np.asarray(distances, dtype=float), 0, None)
+    pairs: np.ndarray = scipy.spatial.distance.squareform(square, checks=False)
     return pairs
 
 
@@ -56,7 +55,7 @@ def agreement(labels: Labels, others: Labels) -> float:
 
 def components(linked: np.ndarray | xr.DataArray) -> list[set[int]]:
     """Connected components of a graph given as a symmetric boolean matrix [n, n], by first member."""
-    count, labels = connected_components(np.asarray(linked), directed=False)
+    count, labels = scipy.sparse.csgraph.connected_components(np.asarray(linked), directed=False)
     return sorted(({int(i) for i in np.flatnonzero(labels == label)} for label in range(count)), key=min)
 
 

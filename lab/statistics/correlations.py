@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
+import scipy
 
 Profile = np.ndarray  # or anything that numpy takes for one, such as a DataArray over `layer`
 
@@ -15,17 +15,17 @@ def sign_share(differences: Profile) -> float:
 
 def t_test_p_value(profile: Profile) -> float:
     """Two-sided p-value of Student's t-test that the mean of a profile [n] is zero."""
-    return float(stats.ttest_1samp(np.asarray(profile), 0).pvalue)
+    return float(scipy.stats.ttest_1samp(np.asarray(profile), 0).pvalue)
 
 
 def wilcoxon_p_value(differences: Profile) -> float:
     """Two-sided p-value of Wilcoxon's signed-rank test that differences [n] are symmetric about zero."""
-    return float(stats.wilcoxon(np.asarray(differences)).pvalue)
+    return float(scipy.stats.wilcoxon(np.asarray(differences)).pvalue)
 
 
 def spearman_p_value(x: Profile, y: Profile) -> float:
     """Two-sided p-value of Spearman's correlation of two profiles [n], by its t distribution."""
-    return float(stats.spearmanr(np.asarray(x), np.asarray(y)).pvalue)
+    return float(scipy.stats.spearmanr(np.asarray(x), np.asarray(y)).pvalue)
 
 
 def leave_one_out(x: Profile, y: Profile) -> np.ndarray:
@@ -53,6 +53,6 @@ def rank_correlation(x: Profile, y: Profile) -> float:
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    a, b = (stats.rankdata(values) - (len(values) + 1) / 2 for values in (x, y))
+    a, b = (scipy.stats.rankdata(values) - (len(values) + 1) / 2 for values in (x, y))
     scale = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / scale if scale > 0 else float("nan")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from scipy import stats
+import scipy
 
 Profile = np.ndarray  # or anything that numpy takes for one, such as a DataArray over `layer`
 
@@ -17,7 +17,7 @@ Profile = np.ndarray  # or anything that numpy takes for one, such as a DataArra
 def welch_p_value(profile: Profile, border: int) -> float:
     """Two-sided p-value of Welch's t-test between the layers before `border` and those from it on [n]."""
     values = np.asarray(profile, dtype=float)
-    return float(stats.ttest_ind(values[:border], values[border:], equal_var=False).pvalue)
+    return float(scipy.stats.ttest_ind(values[:border], values[border:], equal_var=False).pvalue)
 
 
 def zone_difference(profile: Profile, border: int) -> float:
@@ -78,7 +78,7 @@ def pearson_of(x: Profile, y: Profile) -> float:
 
 def spearman_of(x: Profile, y: Profile) -> float:
     """Spearman's correlation of two profiles [n] in the same order, mid-ranks for ties."""
-    return pearson_of(stats.rankdata(np.asarray(x)), stats.rankdata(np.asarray(y)))
+    return pearson_of(scipy.stats.rankdata(np.asarray(x)), scipy.stats.rankdata(np.asarray(y)))
 
 
 def p_value_of(correlation: float, n: int) -> float:
@@ -86,7 +86,7 @@ def p_value_of(correlation: float, n: int) -> float:
     if abs(correlation) >= 1:
         return 0.0
     t = abs(correlation) * np.sqrt((n - 2) / (1 - correlation**2))
-    return float(2 * stats.t.sf(t, n - 2))
+    return float(2 * scipy.stats.t.sf(t, n - 2))
 
 
 def without_each(x: Profile, y: Profile, correlate: Callable[[Profile, Profile], float]) -> np.ndarray:

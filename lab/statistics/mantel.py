@@ -10,8 +10,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+import scipy
 import xarray as xr
-from scipy import stats
 
 PERMUTATIONS = 999
 SEED = 20260704
@@ -73,7 +73,7 @@ def label_contrast_p_value(matrix: Matrix, labels: np.ndarray) -> float:
 
 
 def _ranks(matrix: Matrix, given: Matrix | None) -> np.ndarray:
-    ranks = stats.rankdata(upper_triangle(matrix))
+    ranks = scipy.stats.rankdata(upper_triangle(matrix))
     centred: np.ndarray = ranks - ranks.mean()
     if given is None:
         return centred

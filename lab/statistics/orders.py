@@ -7,7 +7,7 @@ item went, `positions[..., item] = position`. All functions take any number of l
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
+import scipy
 
 
 def positions_of(orders: np.ndarray) -> np.ndarray:
@@ -60,4 +60,4 @@ def chance_p_value(tau: float, n: int) -> float:
 
     Two-sided: an order that may be reversed as a whole, as chains are, has two attempts.
     """
-    return float(2 * stats.norm.sf(abs(tau) / chance_deviation(n)))
+    return float(2 * scipy.stats.norm.sf(abs(tau) / chance_deviation(n)))

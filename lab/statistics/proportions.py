@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
+import scipy
 
 NORMAL_95 = 1.959963984540054  #: the normal distribution's 97.5 % quantile
 
@@ -14,7 +14,7 @@ NORMAL_95 = 1.959963984540054  #: the normal distribution's 97.5 % quantile
 def fisher_p_value(right: int, other_right: int, problems: int) -> float:
     """Two-sided p-value of Fisher's exact test for two counts of right answers, each of so many problems."""
     table = [[right, problems - right], [other_right, problems - other_right]]
-    return float(stats.fisher_exact(table).pvalue)
+    return float(scipy.stats.fisher_exact(table).pvalue)
 
 
 @lru_cache(maxsize=4096)
@@ -24,7 +24,7 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
     1 where there is no such problem.
     """
     discordant = only_first + only_second
-    return float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
+    return float(scipy.stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
 
 
 def best_case_p_value(right: int, other_right: int) -> float:

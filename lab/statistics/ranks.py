@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy
 import xarray as xr
-from scipy import stats
 
 
 def spearman(x: xr.DataArray, y: xr.DataArray) -> float:
@@ -13,7 +13,7 @@ def spearman(x: xr.DataArray, y: xr.DataArray) -> float:
     NaN where either array is constant, for then no order exists.
     """
     x, y = xr.align(x, y, join="exact")
-    ranks = stats.rankdata(x.values), stats.rankdata(y.values)
+    ranks = scipy.stats.rankdata(x.values), scipy.stats.rankdata(y.values)
     return _pearson(*ranks)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy import stats
+import scipy
 
 EPSILON = 1e-10
 LONGEST_SEGMENT = 3  #: of the segments that or-opt moves (Or 1976)
@@ -105,7 +105,7 @@ def by_wins(spreads: np.ndarray) -> Path:
 
 def oriented(path: Sequence[int], rising: np.ndarray) -> Path:
     """The path, or its reverse where a quantity [n] that should rise along it falls (Spearman's correlation < 0)."""
-    ranks = stats.rankdata(np.asarray(rising)[list(path)])
+    ranks = scipy.stats.rankdata(np.asarray(rising)[list(path)])
     along = float((ranks - ranks.mean()) @ np.arange(len(ranks)))
     return list(path) if along >= 0 else list(path)[::-1]
 

@@ -25,8 +25,10 @@ SHAPES = {
 
 
 def tokens() -> list[str]:
-    """The vocabulary: every byte, two merges (some versions of Transformers take a list of one for a string), two special
-    tokens."""
+    """The vocabulary: every byte, two merges, two special tokens.
+
+    A list of a single merge is read as a string by some versions of Transformers.
+    """
     from tokenizers import pre_tokenizers
 
     return [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "ab", "<|endoftext|>", "<|im_end|>"]

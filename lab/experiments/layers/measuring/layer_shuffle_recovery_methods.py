@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.spatial.distance import pdist, squareform
+import scipy
 
 from lab.experiments.layers.layer_shuffle_recovery import CHAINS, ENSEMBLE
 from lab.statistics import seriation
@@ -100,8 +100,9 @@ def alternatives(distances: np.ndarray, seed: int) -> list[tuple[float, Path]]:
 
 def euclidean(features: np.ndarray) -> np.ndarray:
     """Euclidean distances of rows [n, n]; all 0 where there are no features."""
-    distances: np.ndarray = squareform(pdist(features)) if features.shape[1] else np.zeros((len(features),) * 2)
-    return distances
+    distance = scipy.spatial.distance
+    found: np.ndarray = distance.squareform(distance.pdist(features))
+    return found if features.shape[1] else np.zeros((len(features),) * 2)
 
 
 def cosine_distance(features: np.ndarray) -> np.ndarray:
