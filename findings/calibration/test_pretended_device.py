@@ -32,8 +32,8 @@ pytestmark = pytest.mark.calibration
 UNKNOWN = {"category_gap_p_value", "kendall_tau_late", "grid_levels"}
 #: NaN where a second series of calls disagrees, which on a busy machine all may
 DISTURBED = {"forward_latency", "backward_latency", "total_latency"}
-#: libraries with CUDA kernels of their own, or which move a model to the device themselves
-ABSENT = ("bitsandbytes", "torchao", "llmcompressor")
+#: libraries with CUDA kernels of their own
+ABSENT = ("bitsandbytes", "torchao")
 MEASURED_HERE = (
     "logit_lens",
     "layer_knockout",

@@ -66,9 +66,13 @@ def wide(architecture, **changes):
     return tiny(architecture, hidden_size=64, intermediate_size=128, **heads, **changes)
 
 
-def batch_of(seed=0, rows=3, tokens=12):
+def texts_of(seed=0, rows=3, tokens=12):
     ids = torch.randint(VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed)).tolist()
-    return token_batches([TokenText(tuple(row), tuple(range(1, tokens))) for row in ids], 256)[0]
+    return [TokenText(tuple(row), tuple(range(1, tokens))) for row in ids]
+
+
+def batch_of(seed=0, rows=3, tokens=12):
+    return token_batches(texts_of(seed, rows, tokens), 256)[0]
 
 
 def losses(workshop, batch, programs):
@@ -357,7 +361,7 @@ class _Opposite:
 
 def test_every_method_runs_and_changes_the_loss():
     workshop, batch = Workshop(Decoder(wide("qwen2"))), batch_of()
-    chosen = methods(workshop, 32, batch.ids.tolist())
+    chosen = methods(workshop, 32, texts_of())
     found = losses(workshop, batch, [identity(5), *(method.program(workshop) for method in chosen)])
     assert len({method.name for method in chosen}) == len(chosen)
     assert np.isfinite(found).all()

@@ -97,7 +97,7 @@ def test_texts_of_recipes_are_others_than_those_of_the_layer_sweep():
         assert not set(texts.layers.prompts) & set(texts.methods.prompts)
         assert set(texts.matrices.prompts) <= set(texts.layers.prompts)
         unscored = [text.completion_ids for text in corpus.texts if text.id not in texts.methods.prompts]
-        assert list(texts.calibration) == unscored
+        assert [text.ids for text in texts.calibration] == unscored
 
 
 def test_texts_are_completions_without_prompts():

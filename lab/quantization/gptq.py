@@ -1,52 +1,55 @@
-"""GPTQ (Frantar et al. 2023) through llm-compressor: rounding that makes up for its error with what is left to round.
+"""GPTQ (Frantar et al. 2023): rounding that makes up for its error with what is left to round.
 
 Column after column of a matrix is rounded, and its error is spread over the columns still to come so that the outputs
-on calibration texts change least, ||(W - W_hat) X||. Layer after layer: each sees what the quantized ones before it
-give. The library works on a copy of the model in memory; what is taken from it are the dequantized matrices.
+on calibration texts change least, ||(W - W_hat) X||. That is Intel's neural-compressor's part. Layer after layer is
+walked here: each sees what the quantized ones before it give, with the arguments of its own call (its mask, its rotary
+embedding), which the library would take from the first layer.
 """
 
 from __future__ import annotations
 
-import copy
-import io
 import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
+from lab.corpora.batches import TokenBatch, TokenText, token_batches
 from lab.quantization.layers import matrices
-from lab.subjects.anatomy import Decoder
+from lab.subjects.anatomy import Decoder, hidden_of
+from lab.subjects.calls import Captured
+
+BATCH_TOKENS = 2048
+DAMPING = 0.01  #: of the Hessian's mean diagonal (Frantar et al. 2023, section 3.3)
 
 
 @dataclass(frozen=True)
 class GPTQ:
     """GPTQ with symmetric integers, made when the first matrix is asked for.
 
-    A group's levels are k s for k = -2^(b-1) .. 2^(b-1) - 1 with s = max |w| / (2^b - 1) * 2. Columns come in their
-    order, in blocks of 128; the Hessian's damping is 0.01 of its mean diagonal (the library's defaults).
+    A group's levels are k s for k = -2^(b-1) .. 2^(b-1) - 1 with s = 2 max |w| / (2^b - 1), w being the group's weights
+    when its first column comes. Columns come in their order.
 
     Attributes:
         bits: width of a code.
         group: weights that share a scale; must divide the length of a row.
         decoder: the model under study; it is not written to.
-        texts: token ids of the calibration texts.
+        texts: calibration texts.
     """
 
     bits: int
     group: int
     decoder: Decoder
-    texts: Sequence[Sequence[int]]
+    texts: Sequence[TokenText]
 
     @property
     def name(self) -> str:
-        """E.g. `gptq_w4a16`: llm-compressor's name of the scheme, which has groups of 128 there."""
+        """E.g. `gptq_w4a16`, as in llm-compressor's names of schemes, which have groups of 128."""
         return f"gptq_w{self.bits}a16"
 
     def __call__(self, weight: Tensor, place: str = "") -> Tensor:
@@ -55,54 +58,88 @@ class GPTQ:
 
     @cached_property
     def _matrices(self) -> Mapping[str, Tensor]:
-        names = {id(module): name for name, module in self.decoder.model.named_modules()}
-        quantized = copy.deepcopy(self.decoder.model)
-        # The library draws random numbers, if only for the order of the texts, which it then keeps.
-        with torch.random.fork_rng(devices=[]), _quiet(), TemporaryDirectory() as folder:
-            # The library reads the configuration again where the model says that it came from.
-            quantized.config.save_pretrained(folder)
-            quantized.name_or_path = quantized.config._name_or_path = folder
-            _quantize(quantized, self.bits, self.group, self.texts)
-        return {
-            f"{index}.{path}": quantized.get_submodule(names[id(linear)]).weight.detach()
-            for index, layer in enumerate(self.decoder.layers)
-            for path, linear in matrices(layer).items()
-        }
+        found: dict[str, Tensor] = {}
+        for index, weights in _layers(self.decoder, self.texts, self._rounded):
+            found |= {f"{index}.{path}": weight for path, weight in weights.items()}
+        return found
+
+    def _rounded(self, linear: nn.Linear, inputs: Sequence[Tensor]) -> Tensor:
+        """A matrix, quantized and dequantized, given what it sees in each batch [tokens, in]."""
+        from neural_compressor.torch.algorithms.weight_only import gptq
+
+        weight = linear.weight.detach()
+        columns = gptq.GPTQ(linear, weight, device=weight.device)
+        columns.quantizer.configure(
+            {
+                "dtype": "int",
+                "bits": self.bits,
+                "group_size": self.group,
+                "sym": True,
+                "perchannel": True,
+                "mse": False,
+                "use_double_quant": False,
+                "double_quant_sym": True,
+            }
+        )
+        for seen in inputs:
+            columns.add_batch(seen, None)
+        # It writes to what it is given, and takes a group's step from weights that are up to date where blocks begin.
+        *_, rounded = columns.fasterquant(weight.clone(), self.group, DAMPING, self.group)
+        result: Tensor = rounded
+        return result
 
 
-def _quantize(model: Any, bits: int, group: int, texts: Sequence[Sequence[int]]) -> None:
-    """Quantize the linear maps of a model's layers in place."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
-    from llmcompressor import LoggerConfig, configure_logger
-    from llmcompressor.entrypoints import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
+@torch.no_grad()
+def _layers(
+    decoder: Decoder, texts: Sequence[TokenText], rounded: Callable[[nn.Linear, Sequence[Tensor]], Tensor]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Index and new matrices by path of one layer after the other."""
+    batches = [batch.to(decoder.device) for batch in token_batches(list(texts), BATCH_TOKENS)]
+    calls = [decoder.capture(batch.ids) for batch in batches]
+    states = [captured.entry for captured in calls]
+    for index, layer in enumerate(decoder.layers):
+        inputs: dict[str, list[Tensor]] = {path: [] for path in matrices(layer)}
+        for batch, captured, state in zip(batches, calls, states, strict=True):
+            with _watched(layer, batch, inputs):
+                _run(layer, state, captured, index)
+        with _unlogged():
+            weights = {path: rounded(linear, inputs[path]) for path, linear in matrices(layer).items()}
+        changed = {f"{path}.weight": weight for path, weight in weights.items()}
 
-    configure_logger(LoggerConfig(disabled=True))
-    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=group)
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    ids = [list(text) for text in texts]
-    oneshot(
-        model=model,
-        dataset=Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(text) for text in ids]}),
-        recipe=GPTQModifier(config_groups={"weights": scheme}, ignore=["lm_head"]),
-        processor=object(),  # the texts are tokens already; without one the library would look for a tokenizer
-        num_calibration_samples=len(ids),
-        max_seq_length=max(map(len, ids)),
-        shuffle_calibration_samples=False,
-        clear_sparse_session=True,
-        pipeline="sequential",
-    )
+        def quantized(*args: Any, layer: nn.Module = layer, changed: dict[str, Tensor] = changed, **kwargs: Any) -> Any:
+            return functional_call(layer, changed, args, kwargs)
+
+        states = [_run(quantized, state, captured, index) for state, captured in zip(states, calls, strict=True)]
+        yield index, weights
+
+
+def _run(layer: Callable[..., Any], state: Tensor, captured: Captured, index: int) -> Tensor:
+    args, kwargs = captured.call(index, 1)
+    return hidden_of(layer(state, *args, **kwargs))
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The library logs every matrix, and its progress bars know nothing of ours."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+def _watched(layer: nn.Module, batch: TokenBatch, inputs: Mapping[str, list[Tensor]]) -> Iterator[None]:
+    """Append what each matrix sees at the batch's tokens, padding left out."""
+    place = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    real = place < batch.lengths.to(place.device)[:, None]
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, args, seen=inputs[path]: seen.append(args[0][real]))
+        for path, linear in matrices(layer).items()
+    ]
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        logging.disable(level)
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """The library reports the time and error of every matrix."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)

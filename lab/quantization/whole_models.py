@@ -19,7 +19,7 @@ DISTINCT_LIMIT = 24
 LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "bitsandbytes": ("bitsandbytes_",),
     "torchao": ("torchao_",),
-    "llmcompressor": ("gptq_",),
+    "neural-compressor-pt": ("gptq_",),
     "xllamacpp": ("gguf_q4_k", "gguf_q6_k"),
     "gguf": ("gguf_",),
 }

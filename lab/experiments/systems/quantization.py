@@ -323,5 +323,5 @@ EXPERIMENT = Experiment(
         "resident_memory": Tolerance(0.5, 0.2, "allocators keep what they like"),
         "load_seconds": Tolerance(0, float("inf"), "time on whichever machine; a benchmark, not a finding"),
     },
-    libraries=("torchao", "bitsandbytes", "llmcompressor", "xllamacpp"),
+    libraries=("torchao", "bitsandbytes", "neural-compressor-pt", "xllamacpp"),
 )

@@ -51,7 +51,7 @@ def measure(subject: LoadedSubject, corpus: Corpus, budget: Budget, sweep: Sweep
         "noise_seed": NOISE_SEED,
         "quantization_libraries": versions,
         "text": "the subject's own completions as running text, without their prompts",
-        "calibration_tokens": sum(map(len, texts.calibration)),
+        "calibration_tokens": sum(len(text.ids) for text in texts.calibration),
     }
     return xr.Dataset(variables, coords | work.labels, {"settings": json.dumps(settings)})
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from lab.corpora.batches import TokenText
 from lab.quantization.ggml import KQuant, stored_bits
 from lab.quantization.gptq import GPTQ
 from lab.quantization.layers import WeightMap, Workshop, matrices
@@ -49,13 +50,13 @@ class Method:
         )
 
 
-def methods(workshop: Workshop, group: int, texts: Sequence[Sequence[int]]) -> tuple[Method, ...]:
+def methods(workshop: Workshop, group: int, texts: Sequence[TokenText]) -> tuple[Method, ...]:
     """All methods, in the order of the record.
 
     Args:
         workshop: of the subject.
         group: weights per scale of round-to-nearest; 64 is compared too, to be fair to methods with blocks of 64.
-        texts: token ids that GPTQ is calibrated on.
+        texts: what GPTQ is calibrated on.
     """
     return (
         *_roundings(workshop, group),
@@ -85,7 +86,7 @@ def _roundings(workshop: Workshop, group: int) -> Iterator[Method]:
     yield Method("mse_2", 2, Rounding(2, group, TRUE_TWO_BITS), _in_groups(2, group))
 
 
-def _gptq(workshop: Workshop, group: int, texts: Sequence[Sequence[int]]) -> Iterator[Method]:
+def _gptq(workshop: Workshop, group: int, texts: Sequence[TokenText]) -> Iterator[Method]:
     for bits in GPTQ_WIDTHS:
         made = GPTQ(bits, group, workshop.decoder, texts)
         yield Method(made.name, bits, made, _in_groups(bits, group), calibrated=True)

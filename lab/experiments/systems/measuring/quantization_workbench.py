@@ -100,13 +100,13 @@ class Texts:
         layers: texts of the layer sweep.
         methods: texts of methods and recipes, none of them in the layer sweep.
         matrices: the first texts of the layer sweep, on which single matrices are tried.
-        calibration: token ids of every text that `methods` lacks, whole: what calibrated methods see.
+        calibration: every text that `methods` lacks, whole: what calibrated methods see.
     """
 
     layers: Sample
     methods: Sample
     matrices: Sample
-    calibration: tuple[tuple[int, ...], ...]
+    calibration: tuple[TokenText, ...]
 
 
 def samples(corpus: Corpus, subject: LoadedSubject, budget: Budget) -> Texts:
@@ -131,7 +131,7 @@ def samples(corpus: Corpus, subject: LoadedSubject, budget: Budget) -> Texts:
         raise UserError(f"the completions of {corpus.subject} are too few for two samples; make more of them")
     matrix = halves[0] if budget.matrix_tokens is None else _prefix(halves[0], budget.matrix_tokens)
     scored = {name for name, _ in halves[1]}
-    calibration = tuple(_running(text, start, None).ids for text in corpus.texts if text.id not in scored)
+    calibration = tuple(_running(text, start, None) for text in corpus.texts if text.id not in scored)
     return Texts(_sample(halves[0]), _sample(halves[1]), _sample(matrix), calibration)
 
 
