@@ -136,9 +136,9 @@ def _watched(layer: nn.Module, batch: TokenBatch, inputs: Mapping[str, list[Tens
 
 @contextmanager
 def _unlogged() -> Iterator[None]:
-    """The library reports the time and error of every matrix."""
+    """The library reports which accelerator it has found, and the time and error of every matrix."""
     before = logging.root.manager.disable
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
