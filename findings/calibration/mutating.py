@@ -46,8 +46,8 @@ ROOT = Path(__file__).parents[2]
 #: the numeric core
 MODULES = (
     "lab/statistics/*.py", "lab/residual/*.py", "lab/quantization/rounding.py", "lab/quantization/layers.py",
-    "lab/quantization/footprint.py",
-    "lab/normalization/moments.py", "lab/normalization/replacements.py",
+    "lab/quantization/footprint.py", "lab/quantization/ggml.py", "lab/quantization/gptq.py",
+    "lab/normalization/recovery.py", "lab/normalization/moments.py", "lab/normalization/replacements.py",
     "lab/normalization/constants.py", "lab/normalization/surgery.py", "lab/corpora/batches.py",
     "lab/corpora/degeneration.py", "lab/corpora/token_classes.py", "lab/records.py", "lab/store.py",
     "lab/subjects/calls.py", "lab/subjects/head.py", "lab/subjects/products.py", "lab/snapshots/*.py",

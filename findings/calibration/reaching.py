@@ -8,6 +8,7 @@ import resource
 import select
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -172,8 +173,10 @@ class Suite:
                 forget()
             started = time.perf_counter()
             sys.settrace(self.tracer)
+            threading.settrace(self.tracer)  # for the threads that the test starts
             self.run(name, following)
             sys.settrace(None)
+            threading.settrace(None)
             own = {} if is_claim else {module: sorted(lines) for module, lines in self.tracer.into.items()}
             if not (self.failed or self.skipped):
                 say({"test": name, "seconds": time.perf_counter() - started, "lines": own, "patience": 300})

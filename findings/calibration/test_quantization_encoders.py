@@ -1,6 +1,7 @@
 """Known answers of GPTQ, whose columns neural-compressor rounds, and of llama.cpp's encoder of k-quants."""
 
 import copy
+import logging
 
 import numpy as np
 import pytest
@@ -156,10 +157,12 @@ def test_texts_matter(quantized):
     assert not torch.equal(other(weight, "3.mlp.down_proj"), rule(weight, "3.mlp.down_proj"))
 
 
-def test_nothing_is_logged(quantized, caplog, capfd):
+def test_nothing_is_logged_and_logging_left_as_it_was(quantized, caplog, capfd):
     decoder, _, texts = quantized
     with caplog.at_level("INFO"):
+        before = logging.root.manager.disable
         GPTQ(8, GROUP, decoder, texts)(decoder.layers[0].mlp.up_proj.weight, "0.mlp.up_proj")
+        assert logging.root.manager.disable == before
     assert (caplog.text, *capfd.readouterr()) == ("", "", "")
 
 
