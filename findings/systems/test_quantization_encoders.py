@@ -43,7 +43,7 @@ def test_gptq_changes_weights_more_than_rounding(quantization):
 def test_gptq_ties_with_rounding_at_8_bits(quantization):
     """At 8 bits GPTQ and round-to-nearest are within 0.002 nat per token.
 
-    0.0021 and 0.0023 published. Not made on texts that do not resolve it.
+    0.0021 and 0.0023 published; 0.002 as in T-11.19b. Not made on texts that do not resolve it.
     """
     quantization.require_resolved(0.002, "gptq_w8a16", "rtn_8")
     assert abs(quantization.method_damage("gptq_w8a16") - quantization.method_damage("rtn_8")) <= 0.002
@@ -63,7 +63,7 @@ def test_q4_k_beats_q4_0_at_equal_size(quantization):
 
 def _require_equal_size(quantization, one, other):
     sizes = {method: quantization.stored_bits(method) for method in (one, other)}
-    if abs(sizes[one] - sizes[other]) > 0.01:
+    if abs(sizes[one] - sizes[other]) > 0.01:  # one narrow matrix in a hundred that fell back to 5.5 bits
         words = " and ".join(f"{method} {bits:.2f}" for method, bits in sizes.items())
         not_applicable(f"bits per weight of {quantization.subject} differ: {words}; its rows do not fit into blocks")
 

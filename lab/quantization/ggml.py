@@ -57,10 +57,15 @@ class KQuant:
         Raises:
             UserError: the encoder cannot be had, or rows hold no whole number of 32-weight blocks either.
         """
-        kind = GGMLQuantizationType[self.format_of(weight.shape[-1])]
-        codes = encode(np.ascontiguousarray(weight.float().cpu().numpy()), kind)
-        restored = torch.from_numpy(np.ascontiguousarray(dequantize(codes, kind)))
-        return restored.reshape(weight.shape).to(device=weight.device, dtype=weight.dtype)
+        return coded(weight, self.format_of(weight.shape[-1]), encode)
+
+
+def coded(weight: Tensor, kind: str, encoder: Callable[[np.ndarray, GGMLQuantizationType], np.ndarray]) -> Tensor:
+    """A matrix [out, in] encoded by one implementation and decoded by the `gguf` package, in its own dtype."""
+    found = GGMLQuantizationType[kind]
+    codes = encoder(np.ascontiguousarray(weight.float().cpu().numpy()), found)
+    restored = torch.from_numpy(np.ascontiguousarray(dequantize(codes, found)))
+    return restored.reshape(weight.shape).to(device=weight.device, dtype=weight.dtype)
 
 
 def stored_bits(kind: str) -> float:

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lab.corpora.batches import TokenBatch, TokenText, token_batches
-from lab.quantization.layers import matrices
+from lab.normalization.surgery import real_positions
+from lab.quantization.layers import WithWeights, matrices
 from lab.subjects.anatomy import Decoder, hidden_of
 from lab.subjects.calls import Captured
 
@@ -104,11 +104,7 @@ def _layers(
                 _run(layer, state, captured, index)
         with _unlogged():
             weights = {path: rounded(linear, inputs[path]) for path, linear in matrices(layer).items()}
-        changed = {f"{path}.weight": weight for path, weight in weights.items()}
-
-        def quantized(*args: Any, layer: nn.Module = layer, changed: dict[str, Tensor] = changed, **kwargs: Any) -> Any:
-            return functional_call(layer, changed, args, kwargs)
-
+        quantized = WithWeights(layer, {f"{path}.weight": weight for path, weight in weights.items()})
         states = [_run(quantized, state, captured, index) for state, captured in zip(states, calls, strict=True)]
         yield index, weights
 
@@ -121,8 +117,7 @@ def _run(layer: Callable[..., Any], state: Tensor, captured: Captured, index: in
 @contextmanager
 def _watched(layer: nn.Module, batch: TokenBatch, inputs: Mapping[str, list[Tensor]]) -> Iterator[None]:
     """Append what each matrix sees at the batch's tokens, padding left out."""
-    place = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    real = place < batch.lengths.to(place.device)[:, None]
+    real = real_positions(batch)
     hooks = [
         linear.register_forward_pre_hook(lambda _, args, seen=inputs[path]: seen.append(args[0][real]))
         for path, linear in matrices(layer).items()

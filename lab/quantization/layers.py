@@ -98,7 +98,7 @@ class Workshop:
         if plan is None:
             return Step(layer)
         own = self.decoder.layers[layer]
-        return self.module_step(layer, plan.name, lambda: _WithWeights(own, self._weights(layer, plan)))
+        return self.module_step(layer, plan.name, lambda: WithWeights(own, self._weights(layer, plan)))
 
     def module_step(self, layer: int, name: str, make: Callable[[], Callable[..., Any]]) -> Step:
         """The layer replaced by a module that `make` builds when it is needed."""
@@ -146,7 +146,7 @@ class _Lazy:
 
 
 @dataclass(frozen=True)
-class _WithWeights:
+class WithWeights:
     """A layer that runs with other weights; the layer itself is not changed."""
 
     layer: nn.Module

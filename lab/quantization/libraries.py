@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy as np
 import torch
+from gguf.quants import quantize
 from torch import Tensor, nn
 
+from lab.quantization.ggml import coded
 from lab.quantization.layers import matrices
 from lab.quantization.whole_models import LIBRARIES
 
@@ -137,13 +138,7 @@ class GGUF:
 
     def __call__(self, weight: Tensor, place: str = "") -> Tensor:
         """The matrix [out, in], quantized and dequantized."""
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize, quantize
-
-        kind = GGMLQuantizationType[self.kind]
-        codes = quantize(np.ascontiguousarray(weight.float().cpu().numpy()), kind)
-        restored = torch.from_numpy(np.ascontiguousarray(dequantize(codes, kind)))
-        return restored.reshape(weight.shape).to(device=weight.device, dtype=weight.dtype)
+        return coded(weight, self.kind, quantize)
 
 
 def int8_layer(layer: nn.Module) -> nn.Module:
