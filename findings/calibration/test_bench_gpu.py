@@ -4,8 +4,14 @@
 of a knockout sweep cost 2 x 0.1 G x 6,419 x (36 + 630) operations, the head 2 x 0.39 G x 4,144 x 37: on an H100
 (about 0.8 PFLOP/s in bfloat16 without sparsity) the arithmetic alone takes 1.23 s.
 
-On an H200 the sweep took 2.05 s compiled and 2.88 s as it is, where products alone ran at 0.7 to 0.8 PFLOP/s; with the
-loss compiled too it took 1.95 s. States that stay views and flash attention came after, and were not timed.
+Measured on an H100 (PyTorch 2.11, fastest of three): the knockout sweep 2.14 s, of which the device was busy for 1.88,
+after 21 s for the first, which compiles; the plain loop 51 s. Batches of 768 tokens took as long, of 384 longer. So its
+goal is missed. All swaps took 25.6 s, the plain loop 480 s. On an H200 an earlier state of the sweep took 1.95 s.
+
+Losses differ from the plain loop's by what bfloat16 rounds otherwise in other kernels: by up to 0.0006 nat/token for
+knockouts, by up to 0.0016 for swaps, which score 2,320 tokens. As much is to be expected: rounding moves the mean loss
+of single texts by 0.006 (the plain loop in bfloat16 beside float32, 36 layers of width 512 with random weights), and a
+mean over 28 texts of such lengths by 0.002. Programs differ by 0.03 there.
 
 The plain loop takes a layer out and runs each text alone; only every sixth layer is taken out here and its time
 scaled up, since the whole loop takes a minute.
@@ -35,6 +41,7 @@ from lab.subjects.tiny import tiny
 TOKENS, SCORED, PROMPTS, SWAP_PROMPTS = 6419, 4144, 50, 28
 STRIDE = 6
 KNOCKOUT_SECONDS, SWAP_SECONDS = 1.9, 40.0
+KNOCKOUT_DIFFERENCE, SWAP_DIFFERENCE = 1e-3, 3e-3  #: nat/token, twice what was measured
 
 
 def shaped(name: str) -> torch.nn.Module:
@@ -134,7 +141,7 @@ def test_knockout_sweep_of_a_4b_shape(benchmark, qwen3_4b):
     means = [losses @ texts.scored_tokens / texts.scored_tokens.sum() for losses in (found, expected)]
     difference = np.abs(means[0][[list(every).index(name) for name in some]] - means[1]).max()
     benchmark.extra_info["largest difference of a loss, nat/token"] = float(difference)
-    assert difference <= 1e-3
+    assert difference <= KNOCKOUT_DIFFERENCE
     assert benchmark.stats.stats.min <= KNOCKOUT_SECONDS
 
 
@@ -152,5 +159,5 @@ def test_swap_matrix_of_a_4b_shape(benchmark, qwen3_4b):
     means = [losses @ texts.scored_tokens / texts.scored_tokens.sum() for losses in (found, expected)]
     difference = np.abs(means[0][::90] - means[1]).max()
     benchmark.extra_info["largest difference of a loss, nat/token"] = float(difference)
-    assert difference <= 1e-3
+    assert difference <= SWAP_DIFFERENCE
     assert benchmark.stats.stats.min <= SWAP_SECONDS

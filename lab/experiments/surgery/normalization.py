@@ -20,7 +20,9 @@ kernels (T-15.27 to 29) are taken on CUDA devices only.
 The recovery of a swap by training its scales (T-15.33) takes 100 steps, one text each, on all texts that are not
 scored; the full budget goes on to 1000. The step size is one at which the control, the model's own norms trained alike,
 gains on the scored texts: on SmolLM2 its 0.630 nat became 0.515 after 100 steps at 1e-4; at 1e-3, on a third of the
-texts, 1.23.
+texts, 1.23. The full budget leaves a quarter of the texts to train on, and they are soon learned by heart: there the
+control went from 0.621 to 0.555 after 100 steps, 1.15 after 500 and 1.40 after 1000, so that later steps say how much
+worse a swap then generalizes, not what it cannot learn.
 """
 
 from __future__ import annotations
