@@ -1,7 +1,5 @@
-"""Known answers of the T-15 measurement as a whole, on tiny decoders, of its record, of timings and of training."""
+"""Known answers of the T-15 measurement as a whole, on tiny decoders, of its record and of timings."""
 
-import copy
-import json
 import math
 from dataclasses import replace
 
@@ -10,43 +8,21 @@ import pytest
 import torch
 import xarray as xr
 
+from findings.calibration.normalization_cases import BUDGET, LENGTHS, record_of
 from lab import published
 from lab.errors import NotApplicable, UserError
 from lab.experiments.surgery.measuring import normalization_latency
 from lab.experiments.surgery.measuring.normalization import parts
-from lab.experiments.surgery.measuring.normalization_losses import unpadded
-from lab.experiments.surgery.normalization import EXPERIMENT, Budget, Normalization, measure
-from lab.normalization import latency, recovery
-from lab.normalization.recovery import completion_loss, train
-from lab.normalization.replacements import LayerNorm, RmsNorm
-from lab.normalization.settings import NORM_TYPES, Bench, Training
-from lab.normalization.sites import FINAL, norms_of
-from lab.normalization.surgery import Renormed
+from lab.experiments.surgery.normalization import EXPERIMENT, Normalization
+from lab.normalization import latency
+from lab.normalization.settings import NORM_TYPES, Bench
 from lab.records import variable
-from lab.residual.sweeps import sample
 from lab.store import Sweep
-from lab.subjects.tiny import LAYERS, loaded, random_corpus, tiny
+from lab.subjects.tiny import LAYERS, random_corpus, tiny
 
 pytestmark = pytest.mark.calibration
 
-LENGTHS = ((7, 15), (4, 9), (9, 13), (3, 12), (5, 11), (4, 14), (6, 9), (5, 8))
-BUDGET = Budget(
-    prompts=None,
-    tokens=None,
-    calibration_prompts=None,
-    groups=(1, 4, 5, 8),
-    removals=("identity", "frozen_scale", "frozen_scale_first_exact"),
-    sites_separately=True,
-    head_dtype="float32",
-    training=Training(steps=(2,), learning_rate=1e-2),
-)
 NOTHING = 1e-5  #: nat; programs that run in blocks of other sizes differ in the last bits of float32
-
-
-def record_of(model, budget=BUDGET, corpus=None):
-    data = measure(loaded(model), corpus or random_corpus(LENGTHS), budget, Sweep())
-    named = {"subject": "tiny", "source": "measured", "condition": "full-float32"}
-    return Normalization(data.assign_attrs(named, provenance=json.dumps({"settings": json.loads(data.settings)})))
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3_text"])
@@ -271,11 +247,27 @@ def test_every_norm_can_be_timed(norm_type):
     assert y.shape == x.shape
 
 
+def test_every_shape_is_compiled_for_itself(monkeypatch):
+    """Also after others: one graph each, no size left open."""
+    graphs, compile_ = [], torch.compile
+
+    def note(graph, inputs):
+        graphs.append([size for tensor in inputs for size in tensor.shape])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda norm, **options: compile_(norm, backend=note, **options))
+    for width, length in ((8, 1), (8, 4), (8, 6), (12, 6)):
+        bench = Bench(calls=1, compiled_warmup=1)
+        latency.measured("rms_norm_compiled", width, length, torch.device("cpu"), torch.float32, bench)
+    assert len(graphs) == 4
+    assert all(type(size) is int for sizes in graphs for size in sizes)
+
+
 def test_a_compiler_that_does_not_work_costs_its_own_times_only(monkeypatch):
     def broken(*_):
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
 
-    monkeypatch.setattr(torch, "compile", lambda norm: broken)
+    monkeypatch.setattr(torch, "compile", lambda norm, **options: broken)
     monkeypatch.setattr(normalization_latency, "measured_shape", lambda *_: (1.0, 2.0))
     latency.why_not_compiled.cache_clear()
     bench = Bench(widths=(8,), lengths=(2,), norm_types=("rms_norm_compiled", "layer_norm", "rms_norm_eager"))
@@ -299,94 +291,3 @@ def _labels(bench):
 def test_unknown_norms_cannot_be_timed():
     with pytest.raises(UserError, match="unknown norm 'batchnorm'"):
         latency.module("batchnorm", 8)
-
-
-# ---- training
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_training_touches_the_norms_only_and_lowers_the_loss(architecture):
-    model = tiny(architecture)
-    decoder = loaded(model).decoder
-    before = copy.deepcopy(model.state_dict())
-    norms, texts = norms_of(decoder), sample(random_corpus(LENGTHS), 3, None)
-    batches = unpadded(texts.texts)
-    losses = {}
-
-    def read(step, trained):
-        with torch.no_grad():
-            losses[step] = float(np.mean([float(completion_loss(trained, batch)) for batch in batches]))
-
-    swapped = Renormed(decoder, norms, (*norms.block_roles, FINAL), LayerNorm)
-    train(swapped, batches, Training(steps=(3, 60), learning_rate=1e-2), read)
-    assert list(losses) == [0, 3, 60]
-    assert losses[60] < losses[0] - 0.1
-    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("broken", "passes"), [((), 9), ((0, 3, 6), 9), ((0, 1, 2), 3), ((1, 2, 3), 4), ((0, 1, 3, 4), 9)]
-)
-def test_texts_that_overflow_are_passed_over(monkeypatch, broken, passes):
-    """Once three texts in a row, all there are, have taught nothing, no more of the nine steps are computed.
-
-    `broken` steps have a loss that is not finite. All marks are read all the same.
-    """
-    decoder = loaded(tiny("llama")).decoder
-    batches = unpadded(sample(random_corpus(LENGTHS), 3, None).texts)
-    calls, marks = [], {}
-
-    def loss(trained, batch):
-        calls.append(batch)
-        found = completion_loss(trained, batch)
-        return found * math.nan if len(calls) - 1 in broken else found
-
-    monkeypatch.setattr(recovery, "completion_loss", loss)
-    norms = norms_of(decoder)
-    swapped = Renormed(decoder, norms, (*norms.block_roles, FINAL), LayerNorm)
-
-    def read(step, trained):
-        with torch.no_grad():
-            marks[step] = float(completion_loss(trained, batches[0]))
-
-    train(swapped, batches, Training(steps=(4, 9), learning_rate=1e-2), read)
-    assert len(calls) == passes
-    assert list(marks) == [0, 4, 9]
-    assert (marks[0] == marks[4]) == (broken == (0, 1, 2))
-    assert (marks[4] == marks[9]) == (passes < 9)
-
-
-def test_norms_are_trained_on_all_texts_that_are_not_scored():
-    corpus = random_corpus(LENGTHS)
-    texts = parts(corpus, replace(BUDGET, prompts=2, calibration_prompts=1))
-    assert len(texts.scored.prompts) == 2
-    assert len(texts.calibration.prompts) == 1
-    assert set(texts.training.prompts) == {text.id for text in corpus.texts} - set(texts.scored.prompts)
-    assert set(texts.calibration.prompts) < set(texts.training.prompts)
-
-
-@pytest.mark.parametrize("architecture", ["gemma3_text", "granite"])
-def test_the_loss_that_is_trained_is_the_loss_that_is_scored(architecture):
-    decoder = loaded(tiny(architecture)).decoder
-    norms, texts = norms_of(decoder), sample(random_corpus(LENGTHS), 1, None)
-    (batch,) = unpadded(texts.texts)
-    logits = decoder.model(batch.ids).logits[0, batch.scored.position]
-    by_hand = torch.nn.functional.cross_entropy(logits, batch.scored.target)
-    intact = Renormed(decoder, norms, (), RmsNorm)
-    assert float(completion_loss(intact, batch)) == pytest.approx(float(by_hand), rel=1e-5)
-
-
-def test_recovery_is_what_the_swap_loses_and_gains_beyond_the_control():
-    losses = np.array([[1.0, 0.8], [3.0, 1.8], [9.0, 8.8], [np.nan, np.nan], [np.nan, 1.0]])
-    record = Normalization(
-        xr.Dataset(
-            {"recovery_loss": variable(("recovery_variant", "step"), losses, "nat/token", "")},
-            {"recovery_variant": ["rms_norm", "layer_norm", "batch_norm", "lost", "mended"], "step": [0, 100]},
-            {"subject": "x", "source": "measured", "condition": "c"},
-        )
-    )
-    assert record.recovered("layer_norm") == pytest.approx(0.5)
-    assert record.recovered("batch_norm") == pytest.approx(0)
-    assert record.recovered("lost") == 0
-    assert record.recovered("mended") == 1

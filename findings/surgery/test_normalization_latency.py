@@ -34,7 +34,10 @@ def test_compiled_rms_norm_wins_on_long_inputs(normalization):
 
 @claim("T-15.27c", "corrected")
 def test_layer_norm_wins_on_short_inputs(normalization):
-    """On 2,048 tokens LayerNorm is the faster one at every width (0.53 to 0.68 published)."""
+    """On 2,048 tokens LayerNorm is the faster one at every width that was timed undisturbed.
+
+    0.53 to 0.68 published.
+    """
     assert normalization.latency_ratio(LAYER, COMPILED).sel(sequence_length=512).max() < 1
 
 
@@ -57,9 +60,12 @@ def test_eager_rms_norm_is_slower(normalization):
 
 @claim("T-15.29", "published")
 def test_the_advantage_grows_with_length(normalization):
-    """The advantage of compiled RMSNorm over LayerNorm grows with the length of the sequence, at every width."""
-    steps = np.diff(normalization.latency_ratio(LAYER, COMPILED).values, axis=1)
-    assert np.nanmin(steps) > 0
+    """The advantage of compiled RMSNorm over LayerNorm grows with the length of the sequence, at every width.
+
+    From one undisturbed time to the next.
+    """
+    ratio = normalization.latency_ratio(LAYER, COMPILED)
+    assert min(np.diff(ratio.sel(hidden_size=width).dropna("sequence_length")).min() for width in ratio.hidden_size) > 0
 
 
 @claim("T-15.29b", "published")

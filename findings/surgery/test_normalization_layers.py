@@ -1,5 +1,7 @@
 """T-15 layer by layer: the norms through which one layer reads the stream, replaced by identity or by a constant."""
 
+import numpy as np
+
 from fixtures.claims import claim, not_applicable
 from lab.experiments.surgery.normalization import HALF
 
@@ -41,7 +43,9 @@ def test_most_of_the_damage_is_lost_scale(normalization):
     It adapts to no other token, so what is left of the damage is what adaptation is worth. A pilot found 29 of 30
     layers on SmolLM2 and 18 of 18 on Gemma 3. A quarter leaves room for layers of little damage.
     """
-    assert (normalization.frozen_damage <= 0.25 * normalization.removed_damage).mean() >= 0.8
+    frozen, removed = normalization.frozen_damage, normalization.removed_damage
+    kept = np.isfinite(frozen) & (frozen <= 0.25 * removed)
+    assert kept.mean() >= 0.8
 
 
 @claim("T-15.13", "published")

@@ -40,7 +40,8 @@ def test_an_improvement_is_significant(spectral_peft):
 
     Published p = 0.87, 0.74, 0.29 and 0.74 by Fisher's test on the counts. Holm's bound for four would ask for more.
     """
-    assert min(spectral_peft.p_value("id", name) for name in spectral_peft.trained()) < SIGNIFICANT
+    improved = [name for name in spectral_peft.trained() if spectral_peft.gain("id", name) > 0]
+    assert min((spectral_peft.p_value("id", name) for name in improved), default=1.0) < SIGNIFICANT
 
 
 @claim("T-18.1c", "hypothesis")
@@ -97,7 +98,8 @@ def test_phase_aware_ranks_are_best_out_of_distribution(spectral_peft):
     gains = {name: spectral_peft.gain("ood", name) for name in spectral_peft.trained()}
     if "B" not in gains:
         not_applicable("B was not trained at its own budget")
-    assert gains["B"] == max(gains.values())
+    lead = gains.pop("B") - max(gains.values())
+    assert lead > 0
 
 
 @claim("T-18.3b", "control", on=ORIGINAL)
@@ -140,7 +142,8 @@ def test_phase_aware_ranks_beat_uniform_ones_significantly(spectral_peft):
 
     Published p = 1.0 and 0.62; 80 % power would take 750 to 1,250 problems.
     """
-    assert min(spectral_peft.p_value(split, "B", "A") for split in ("id", "ood")) < SIGNIFICANT
+    leads = [split for split in ("id", "ood") if spectral_peft.gain(split, "B", "A") > 0]
+    assert min((spectral_peft.p_value(split, "B", "A") for split in leads), default=1.0) < SIGNIFICANT
 
 
 @claim("T-18.4c", "control")
@@ -158,7 +161,8 @@ def test_phase_aware_ranks_have_the_lowest_perplexity(spectral_peft):
     perplexities = {name: spectral_peft.perplexity(name) for name in spectral_peft.trained()}
     if "B" not in perplexities:
         not_applicable("B was not trained at its own budget")
-    assert perplexities["B"] == min(perplexities.values())
+    own = perplexities.pop("B")
+    assert own < min(perplexities.values())
 
 
 @claim("T-18.5b", "control")

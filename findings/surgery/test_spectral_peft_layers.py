@@ -19,7 +19,8 @@ def test_skipping_the_bottleneck_is_best_in_distribution(spectral_peft):
     Published 93.0 %, 3.5 points above the model before training.
     """
     gains = {name: spectral_peft.gain("id", name) for name in spectral_peft.trained()}
-    assert gains["F"] == max(gains.values())
+    lead = gains.pop("F") - max(gains.values())
+    assert lead > 0
 
 
 @claim("T-18.9b", "control", on=ORIGINAL)

@@ -26,6 +26,7 @@ def test_the_loss_at_the_standard_rate_is_significant(spectral_peft):
 
     Published p = 0.017 and 5e-7.
     """
+    assert max(spectral_peft.gain(split, "A", rate=AGGRESSIVE) for split in ("id", "ood")) < 0
     assert max(spectral_peft.p_value(split, "A", rate=AGGRESSIVE) for split in ("id", "ood")) < SIGNIFICANT
 
 
@@ -95,6 +96,7 @@ def test_the_lead_of_the_last_layers_is_significant(spectral_peft):
     Published p below 2.5e-4 each.
     """
     others = [name for name in spectral_peft.trained(AGGRESSIVE) if name != "H"]
+    assert min(spectral_peft.gain("ood", "H", name, AGGRESSIVE) for name in others) > 0
     assert max(spectral_peft.p_value("ood", "H", name, AGGRESSIVE) for name in others) < SIGNIFICANT
 
 

@@ -70,12 +70,23 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str | None:
 
     On a CUDA device it needs Triton, a C compiler, and Python's headers.
     """
-    norm = torch.compile(EagerRmsNorm(GROUPS).to(device, dtype))
+    norm = compiled(EagerRmsNorm(GROUPS).to(device, dtype))
     try:
         _backward(norm(inputs("rms_norm_compiled", GROUPS, 1, device, dtype)))
     except (RuntimeError, OSError, ImportError, SubprocessError) as error:
         return first_line(error)
     return None
+
+
+def compiled(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A norm compiled for the one shape that it meets.
+
+    Norms share their code: without a reset the compiler takes a length that it has seen to change as variable, and
+    what it makes of a shape depends on those before.
+    """
+    torch.compiler.reset()
+    made: Callable[[Tensor], Tensor] = torch.compile(norm, dynamic=False)
+    return made
 
 
 def inputs(norm_type: str, width: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -92,10 +103,10 @@ def measured(
     norm = module(norm_type, width)
     assert isinstance(norm, nn.Module)
     norm = norm.to(device, dtype)
-    compiled = norm_type == "rms_norm_compiled"
-    call: Callable[[Tensor], Tensor] = torch.compile(norm) if compiled else norm
+    compiles = norm_type == "rms_norm_compiled"
+    call: Callable[[Tensor], Tensor] = compiled(norm) if compiles else norm
     x = inputs(norm_type, width, length, device, dtype)
-    for _ in range(bench.compiled_warmup if compiled else bench.warmup):
+    for _ in range(bench.compiled_warmup if compiles else bench.warmup):
         _backward(call(x))
     (forward, backward), (again, back_again) = (_medians(call, x, bench.calls) for _ in range(2))
     return agreed(forward, again), agreed(backward, back_again)

@@ -242,17 +242,14 @@ class Normalization(NormActivations):
         """Share of a swap's damage that the last step of training its scales and shifts has undone.
 
         Relative to what the same training makes of the model's own norms: a model learns the texts' style, too.
-        0 where the loss still is not finite.
+        A loss above a uniform guess's, or one that is not finite, counts as that: further differences mean nothing.
 
         Raises:
             NotApplicable: nothing was trained.
         """
-        losses = self.mean("recovery_loss").sel(recovery_variant=variant)
-        own = self.mean("recovery_loss").sel(recovery_variant="rms_norm")
-        first, last = (_finite_or_more(float(losses[step] - own[step])) for step in (0, -1))
-        if not np.isfinite(last):
-            return 0.0
-        return 1 - last / first  # 1 where a swap overflowed and does no more
+        losses = self.mean("recovery_loss").fillna(np.inf).clip(max=self.uniform_loss)
+        left = losses.sel(recovery_variant=variant) - losses.sel(recovery_variant="rms_norm")
+        return float(1 - left[-1] / left[0])
 
 
 def _finite_or_more(loss: float) -> float:

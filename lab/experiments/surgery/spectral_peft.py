@@ -188,8 +188,15 @@ class SpectralPeft(AdaptedWeights):
 
     @property
     def perplexity_benefit(self) -> float:
-        """Fall of the perplexity by H over that by A, at the gentle rate."""
-        return (self.perplexity() - self.perplexity("H")) / (self.perplexity() - self.perplexity("A"))
+        """Fall of the perplexity by H over that by A, at the gentle rate.
+
+        Raises:
+            NotApplicable: A has no such benefit.
+        """
+        whole = self.perplexity() - self.perplexity("A")
+        if whole <= 0:
+            raise NotApplicable(f"A does not lower the perplexity of other text on {self.subject}")
+        return (self.perplexity() - self.perplexity("H")) / whole
 
     # ---- rates and repetitions
 

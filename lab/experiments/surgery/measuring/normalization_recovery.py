@@ -18,7 +18,7 @@ from lab.normalization.surgery import Renormed
 from lab.records import variable
 from lab.store import Arrays
 
-#: `rms_norm` is the control: the model's own norms, trained alike
+#: `rms_norm` is the control: the model's own norms in the same places, trained alike
 TRAINED = ("rms_norm", "layer_norm", "group_norm_8", "batch_norm")
 
 
@@ -48,8 +48,8 @@ def measured(scorer: Scorer, rules: Rules, texts: Sequence[TokenText]) -> dict[s
 
 
 def _trained(scorer: Scorer, rules: Rules, name: str, texts: Sequence[TokenText], training: Training) -> Arrays:
-    what = rules.whole[name]
-    swapped = Renormed(scorer.decoder, scorer.norms, what.roles, what.rule)
+    # The whole-model variant of the control forms query and key norms anew as well, which no swap here touches.
+    swapped = Renormed(scorer.decoder, scorer.norms, rules.whole["layer_norm"].roles, rules.whole[name].rule)
     losses: list[np.ndarray] = []
 
     def read(step: int, state: Renormed) -> None:

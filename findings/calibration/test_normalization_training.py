@@ -1,0 +1,143 @@
+"""Known answers of T-15's training of norms: what it touches, what it learns, and what counts as recovery."""
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from findings.calibration.normalization_cases import BUDGET, LENGTHS, record_of
+from lab.experiments.surgery.measuring import normalization_recovery
+from lab.experiments.surgery.measuring.normalization import parts
+from lab.experiments.surgery.measuring.normalization_losses import unpadded
+from lab.experiments.surgery.normalization import Normalization
+from lab.normalization import recovery
+from lab.normalization.recovery import completion_loss, train
+from lab.normalization.replacements import LayerNorm, RmsNorm
+from lab.normalization.settings import Training
+from lab.normalization.sites import FINAL, norms_of
+from lab.normalization.surgery import Renormed
+from lab.records import variable
+from lab.residual.sweeps import sample
+from lab.subjects.tiny import loaded, random_corpus, tiny
+
+pytestmark = pytest.mark.calibration
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_training_touches_the_norms_only_and_lowers_the_loss(architecture):
+    model = tiny(architecture)
+    decoder = loaded(model).decoder
+    before = copy.deepcopy(model.state_dict())
+    norms, texts = norms_of(decoder), sample(random_corpus(LENGTHS), 3, None)
+    batches = unpadded(texts.texts)
+    losses = {}
+
+    def read(step, trained):
+        with torch.no_grad():
+            losses[step] = float(np.mean([float(completion_loss(trained, batch)) for batch in batches]))
+
+    swapped = Renormed(decoder, norms, (*norms.block_roles, FINAL), LayerNorm)
+    train(swapped, batches, Training(steps=(3, 60), learning_rate=1e-2), read)
+    assert list(losses) == [0, 3, 60]
+    assert losses[60] < losses[0] - 0.1
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("broken", "passes"), [((), 9), ((0, 3, 6), 9), ((0, 1, 2), 3), ((1, 2, 3), 4), ((0, 1, 3, 4), 9)]
+)
+def test_texts_that_overflow_are_passed_over(monkeypatch, broken, passes):
+    """Once three texts in a row, all there are, have taught nothing, no more of the nine steps are computed.
+
+    `broken` steps have a loss that is not finite. All marks are read all the same.
+    """
+    decoder = loaded(tiny("llama")).decoder
+    batches = unpadded(sample(random_corpus(LENGTHS), 3, None).texts)
+    calls, marks = [], {}
+
+    def loss(trained, batch):
+        calls.append(batch)
+        found = completion_loss(trained, batch)
+        return found * math.nan if len(calls) - 1 in broken else found
+
+    monkeypatch.setattr(recovery, "completion_loss", loss)
+    norms = norms_of(decoder)
+    swapped = Renormed(decoder, norms, (*norms.block_roles, FINAL), LayerNorm)
+
+    def read(step, trained):
+        with torch.no_grad():
+            marks[step] = float(completion_loss(trained, batches[0]))
+
+    train(swapped, batches, Training(steps=(4, 9), learning_rate=1e-2), read)
+    assert len(calls) == passes
+    assert list(marks) == [0, 4, 9]
+    assert (marks[0] == marks[4]) == (broken == (0, 1, 2))
+    assert (marks[4] == marks[9]) == (passes < 9)
+
+
+def test_norms_are_trained_on_all_texts_that_are_not_scored():
+    corpus = random_corpus(LENGTHS)
+    texts = parts(corpus, replace(BUDGET, prompts=2, calibration_prompts=1))
+    assert len(texts.scored.prompts) == 2
+    assert len(texts.calibration.prompts) == 1
+    assert set(texts.training.prompts) == {text.id for text in corpus.texts} - set(texts.scored.prompts)
+    assert set(texts.calibration.prompts) < set(texts.training.prompts)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_text", "granite"])
+def test_the_loss_that_is_trained_is_the_loss_that_is_scored(architecture):
+    decoder = loaded(tiny(architecture)).decoder
+    norms, texts = norms_of(decoder), sample(random_corpus(LENGTHS), 1, None)
+    (batch,) = unpadded(texts.texts)
+    logits = decoder.model(batch.ids).logits[0, batch.scored.position]
+    by_hand = torch.nn.functional.cross_entropy(logits, batch.scored.target)
+    intact = Renormed(decoder, norms, (), RmsNorm)
+    assert float(completion_loss(intact, batch)) == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def test_recovery_is_what_the_swap_loses_and_gains_beyond_the_control():
+    """Losses beyond a uniform guess, here 5 nat, count as that, finite or not."""
+    losses = {
+        "rms_norm": [1.0, 0.8],
+        "layer_norm": [3.0, 1.8],
+        "batch_norm": [4.0, 3.8],
+        "lost": [np.nan, np.nan],
+        "mended": [np.nan, 1.0],
+        "less_broken": [23.0, 9.0],
+    }
+    record = Normalization(
+        xr.Dataset(
+            {
+                "recovery_loss": variable(("recovery_variant", "step"), list(losses.values()), "nat/token", ""),
+                "uniform_loss": variable((), 5.0, "nat/token", ""),
+            },
+            {"recovery_variant": list(losses), "step": [0, 100]},
+            {"subject": "x", "source": "measured", "condition": "c"},
+        )
+    )
+    found = {name: record.recovered(name) for name in losses if name != "rms_norm"}
+    gone = 1 - 4.2 / 4
+    assert found == pytest.approx(
+        {"layer_norm": 0.5, "batch_norm": 0, "lost": gone, "mended": 1 - 0.2 / 4, "less_broken": gone}
+    )
+
+
+def test_the_control_trains_the_norms_that_swaps_replace(monkeypatch):
+    """Query and key norms of Qwen3 are no swap's, so the control leaves them as they are."""
+    places = {}
+
+    def note(swapped, batches, training, read):
+        places[type(swapped.rule(swapped.norms.final)).__name__] = swapped.roles
+        for step in (0, *training.steps):
+            read(step, swapped)
+
+    monkeypatch.setattr(normalization_recovery, "train", note)
+    record_of(tiny("qwen3"), replace(BUDGET, groups=(8,), sites_separately=False, removals=("identity",)))
+    assert len(places) == 4
+    assert len(set(places.values())) == 1
+    assert "query" not in places["RmsNorm"]
