@@ -68,6 +68,15 @@ def test_what_the_atlas_did_not_write_stays(tmp_path: Path) -> None:
     assert (own / "index.html").read_bytes() == b"one"
 
 
+def test_a_place_that_cannot_be_written_to_is_refused_before_pages_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(site, "build", lambda results: pytest.fail("pages were made"))
+    with pytest.raises(UserError, match=r"cannot write the atlas to .*file/atlas: .*; choose another folder with -o"):
+        commands.report(tmp_path / "file" / "atlas", None)
+
+
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     (tmp_path / "atlas").mkdir()
     site.write({"index.html": b"one"}, tmp_path / "atlas")

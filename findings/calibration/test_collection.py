@@ -114,6 +114,11 @@ def test_gpu_subjects_wait_to_be_asked_for(suite, monkeypatch):
     nothing.stdout.fnmatch_lines(["* need a CUDA device: there is none here"])
 
 
+def test_only_what_was_asked_for_counts_as_needing_a_device(suite):
+    assert "1 tests need a CUDA device: add -m gpu" in str(suite.run("-k", "test_loss", "--subject", "famous").stdout)
+    assert "need a CUDA device" not in str(suite.run("-k", "X-9.99", "--subject", "famous").stdout)
+
+
 def test_a_large_model_runs_on_the_cpu_if_the_user_insists(suite):
     asked = ("--collect-only", "-q", "-k", "test_loss", "--subject", "famous")
     assert named(suite.run(*asked)) == []

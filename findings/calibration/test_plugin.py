@@ -214,12 +214,45 @@ def test_verdicts_file_has_one_object_per_claim_test(suite):
     }  # fmt: skip
 
 
-def test_verdicts_file_that_cannot_be_written_is_one_line(suite):
+@pytest.mark.parametrize("option", ["--verdicts", "--drift", "--summary"])
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [("taken/out.json", "*taken is no folder that can be written to"), ("folder", "*folder is a folder")],
+)
+def test_a_result_that_cannot_be_written_is_refused_before_anything_runs(suite, option, file, why):
     (suite.folder / "taken").write_text("")
-    result = suite.run("--verdicts", "taken/verdicts.json")
+    (suite.folder / "folder").mkdir()
+    result = suite.run(option, file)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert "INTERNALERROR" not in str(result.stdout)
-    result.stdout.fnmatch_lines(["ERROR: cannot write *taken/verdicts.json*"])
+    result.stderr.fnmatch_lines([f"ERROR: cannot write {option} {file}: {why}; name another file"])
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("gpu", "unknown device 'gpu': choose cpu, cuda or cuda:N"),
+        ("cuda:first", "unknown device 'cuda:first': choose cpu, cuda or cuda:N"),
+        (
+            "cuda:2",
+            "the device cuda:2 is not to be had: the driver sees 2 CUDA devices here; choose another with --device",
+        ),
+        ("cuda:1", None),
+        ("cpu", None),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_once(suite, monkeypatch, device, said):
+    monkeypatch.setattr("fixtures.devices.cuda_devices", lambda: 2)
+    result = suite.run("--device", device, "--collect-only", "-q")
+    assert (result.ret == pytest.ExitCode.USAGE_ERROR) == bool(said)
+    if said:
+        result.stderr.fnmatch_lines([f"ERROR: {said}"])
+
+
+def test_a_catalogued_name_for_a_model_is_told_from_a_path(suite):
+    result = suite.run("--model", "tiny")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: tiny is a subject of the catalog: choose it with --subject tiny"])
 
 
 def test_table_folds_layers_into_one_row(suite):

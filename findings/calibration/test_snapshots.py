@@ -353,7 +353,8 @@ def test_against_compares_with_another_subject(suite):
     result.assert_outcomes(passed=2, failed=3)
 
 
-def test_conditions_have_snapshots_of_their_own(suite):
+def test_conditions_have_snapshots_of_their_own(suite, monkeypatch):
+    monkeypatch.setattr("fixtures.devices.cuda_devices", lambda: 1)
     suite.run("--snapshot-update")
     suite.run("--snapshot-update", "--dtype", "float32", "--device", "cuda")
     assert suite.snapshot(condition="quick-float32-cuda").exists()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lab import files
+from lab import files, leftovers
 from lab.adapters.adapted_weights import ALPHA
 from lab.adapters.allocations import MATRICES, Shape
 from lab.adapters.merging import bfloat16
@@ -246,3 +246,4 @@ def _unwarned() -> Iterator[None]:
         # peft asks Transformers under a name that Transformers has given up.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         yield
+    leftovers.remove_workspace()

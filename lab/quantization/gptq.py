@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lab import leftovers
 from lab.corpora.batches import TokenBatch, TokenText, token_batches
 from lab.normalization.surgery import real_positions
 from lab.quantization.layers import WithWeights, matrices
@@ -65,8 +66,7 @@ class GPTQ:
 
     def _rounded(self, linear: nn.Linear, inputs: Sequence[Tensor]) -> Tensor:
         """A matrix, quantized and dequantized, given what it sees in each batch [tokens, in]."""
-        from neural_compressor.torch.algorithms.weight_only import gptq
-
+        gptq = _library()
         weight = linear.weight.detach()
         columns = gptq.GPTQ(linear, weight, device=weight.device)
         columns.quantizer.configure(
@@ -107,6 +107,13 @@ def _layers(
         quantized = WithWeights(layer, {f"{path}.weight": weight for path, weight in weights.items()})
         states = [_run(quantized, state, captured, index) for state, captured in zip(states, calls, strict=True)]
         yield index, weights
+
+
+def _library() -> Any:
+    from neural_compressor.torch.algorithms.weight_only import gptq
+
+    leftovers.remove_workspace()
+    return gptq
 
 
 def _run(layer: Callable[..., Any], state: Tensor, captured: Captured, index: int) -> Tensor:

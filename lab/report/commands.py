@@ -52,6 +52,7 @@ def results(verdicts: Path | None = None) -> Results:
 
 def report(folder: Path, verdicts: Path | None) -> tuple[Path, int]:
     """Write the atlas; returns its first page and the size of the site in bytes."""
+    site.require_writable(folder)
     made = site.build(results(verdicts))
     return site.write(made, folder) / "index.html", site.size(made)
 

@@ -16,6 +16,7 @@ from lab.report.results import Results
 
 #: lists what a site consists of, by which we know our own folders again
 MANIFEST = "atlas.json"
+OTHER = "choose another folder with -o"
 
 
 def build(results: Results) -> dict[str, bytes]:
@@ -30,14 +31,30 @@ def write(site: Mapping[str, bytes], folder: Path) -> Path:
         UserError: the folder holds anything that the atlas did not write, or cannot be written.
     """
     folder = folder.absolute()
+    require_writable(folder)
     with files.locked(folder):
         _require_own(folder)
         try:
             _replace(folder, site)
         except OSError as error:
-            remedy = "free some space or choose another folder with -o"
+            remedy = f"free some space or {OTHER}"
             raise UserError(f"cannot write the atlas to {folder}: {error.strerror or error}; {remedy}") from error
     return folder
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder whose place cannot be written to.
+
+    Raises:
+        UserError: nothing can be made beside it.
+    """
+    parent = folder.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write the atlas to {folder}: {error.strerror or error}; {OTHER}") from error
 
 
 def size(site: Mapping[str, bytes]) -> int:
@@ -56,17 +73,16 @@ def _files(results: Results) -> Iterator[tuple[str, bytes]]:
 def _require_own(folder: Path) -> None:
     if not folder.exists():
         return
-    other = "choose another folder with -o"
     if not folder.is_dir() or folder.is_symlink():
-        raise UserError(f"{folder} is no folder; {other}")
+        raise UserError(f"{folder} is no folder; {OTHER}")
     there = {
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
     }
     if there and MANIFEST not in there:
-        raise UserError(f"{folder} holds files and is no atlas; {other}")
+        raise UserError(f"{folder} holds files and is no atlas; {OTHER}")
     strange = sorted(there - _listed(folder) - {MANIFEST})
     if strange:
-        raise UserError(f"{folder} holds {strange[0]}, which the atlas did not write; move it, or {other}")
+        raise UserError(f"{folder} holds {strange[0]}, which the atlas did not write; move it, or {OTHER}")
 
 
 def _listed(folder: Path) -> set[str]:

@@ -107,7 +107,11 @@ def recipe(name: str) -> Recipe:
         return Recipe(name=name, configuration=run["configuration"], learning_rate=rate, seed=seed, **family())
     names = [*single, run_name("A", rates().gentle, 0)]
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(single)}, and runs of T-18;"
+    hint = (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else f"there are {', '.join(single)}, and {FAMILY}, the runs of T-18;"
+    )
     raise UserError(f"no recipe makes {name!r}: {hint} see {path().relative_to(paths.REPOSITORY)}")
 
 
