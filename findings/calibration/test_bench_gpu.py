@@ -16,6 +16,7 @@ The plain loop takes a layer out and runs each text alone; only every sixth laye
 scaled up, since the whole loop takes a minute.
 """
 
+import copy
 import time
 from dataclasses import replace
 
@@ -40,6 +41,9 @@ from lab.subjects.tiny import tiny
 TOKENS, SCORED, PROMPTS, SWAP_PROMPTS = 6419, 4144, 50, 28
 STRIDE = 6
 KNOCKOUT_SECONDS, SWAP_SECONDS = 1.9, 40.0
+#: The executor's distance to float32 in multiples of the plain loop's. Over hundreds of texts and programs the two ways
+#: round alike; the largest of a few means varies more.
+MORE_ROUNDING = {"single texts, root of the mean square": 1.25, "means of programs, largest": 2.0}
 
 
 def shaped(name: str) -> torch.nn.Module:
@@ -109,6 +113,33 @@ def qwen3_4b():
     return Decoder(shaped("qwen3-4b-instruct-2507"))
 
 
+@pytest.fixture(scope="module")
+def in_float32(qwen3_4b):
+    """The same weights in float32: what both ways of running bfloat16 layers are rounded from."""
+    return Decoder(copy.deepcopy(qwen3_4b.model).float())
+
+
+def require_no_more_rounding(benchmark, texts, found, plain, exact):
+    """Losses [program, prompt] of the executor lie as near to those in float32 as the plain loop's do.
+
+    Between the two in bfloat16, means over all tokens may differ by as much as either differs from float32.
+    """
+    weights = texts.scored_tokens / texts.scored_tokens.sum()
+    ours, theirs = found - exact, plain - exact
+    rounding = {
+        name: {
+            "single texts, root of the mean square": float(np.sqrt(((error**2) @ weights).mean())),
+            "means of programs, largest": float(np.abs(error @ weights).max()),
+        }
+        for name, error in (("the executor", ours), ("the plain loop", theirs), ("between the two", found - plain))
+    }
+    benchmark.extra_info["loss against float32, nat/token"] = rounding
+    executor, loop = rounding["the executor"], rounding["the plain loop"]
+    assert max(executor.values()) > 0, "nothing in bfloat16 is exact"
+    for name, limit in MORE_ROUNDING.items():
+        assert executor[name] <= limit * loop[name], name
+
+
 def test_the_sweeps_agree_with_the_plain_loop_on_any_device():
     """The rehearsal of this benchmark: a tiny Qwen3 in float32, losses within 1e-3 nat for skips and swaps."""
     decoder = Decoder(tiny("qwen3"))
@@ -124,7 +155,7 @@ def test_the_sweeps_agree_with_the_plain_loop_on_any_device():
 
 @pytest.mark.gpu
 @pytest.mark.benchmark(group="sweeps of a Qwen3-4B shape")
-def test_knockout_sweep_of_a_4b_shape(benchmark, qwen3_4b):
+def test_knockout_sweep_of_a_4b_shape(benchmark, qwen3_4b, in_float32):
     n, budget = qwen3_4b.n_layers, KNOCKOUT.budgets["full"]
     texts = random_texts(PROMPTS, TOKENS, SCORED, qwen3_4b.vocabulary)
     some, every = knockouts(n, range(0, n, STRIDE)), knockouts(n, range(n))
@@ -136,16 +167,14 @@ def test_knockout_sweep_of_a_4b_shape(benchmark, qwen3_4b):
     )  # returns numbers on the CPU, so the device is done
     benchmark.extra_info["seconds of the first sweep, which compiles"] = round(first, 1)
     benchmark.extra_info["seconds of the plain loop"] = round(seconds * len(every) / len(some), 1)
-    means = [losses @ texts.scored_tokens / texts.scored_tokens.sum() for losses in (found, expected)]
-    difference = np.abs(means[0][[list(every).index(name) for name in some]] - means[1]).max()
-    benchmark.extra_info["largest difference of a loss, nat/token"] = float(difference)
-    assert difference <= 1e-3
+    chosen = found[[list(every).index(name) for name in some]]
+    require_no_more_rounding(benchmark, texts, chosen, expected, plain_loop(in_float32, texts, some))
     assert benchmark.stats.stats.min <= KNOCKOUT_SECONDS
 
 
 @pytest.mark.gpu
 @pytest.mark.benchmark(group="sweeps of a Qwen3-4B shape")
-def test_swap_matrix_of_a_4b_shape(benchmark, qwen3_4b):
+def test_swap_matrix_of_a_4b_shape(benchmark, qwen3_4b, in_float32):
     n, budget = qwen3_4b.n_layers, SWAP.budgets["full"]
     share = SWAP_PROMPTS / PROMPTS
     texts = random_texts(SWAP_PROMPTS, round(TOKENS * share), round(SCORED * share), qwen3_4b.vocabulary)
@@ -154,8 +183,5 @@ def test_swap_matrix_of_a_4b_shape(benchmark, qwen3_4b):
     some = dict(list(programs.items())[::90])
     expected, seconds = timed(plain_loop, qwen3_4b, texts, some)
     benchmark.extra_info["seconds of the plain loop"] = round(seconds * len(programs) / len(some), 1)
-    means = [losses @ texts.scored_tokens / texts.scored_tokens.sum() for losses in (found, expected)]
-    difference = np.abs(means[0][::90] - means[1]).max()
-    benchmark.extra_info["largest difference of a loss, nat/token"] = float(difference)
-    assert difference <= 1e-3
+    require_no_more_rounding(benchmark, texts, found[::90], expected, plain_loop(in_float32, texts, some))
     assert benchmark.stats.stats.min <= SWAP_SECONDS

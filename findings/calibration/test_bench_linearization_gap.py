@@ -18,7 +18,7 @@ from lab.corpora.corpus import load_corpus
 from lab.residual.executor import Executor
 from lab.residual.replay import LayerReplay
 from lab.residual.sweeps import sample
-from lab.subjects.anatomy import hidden_of
+from lab.subjects.calls import hidden_of
 
 pytestmark = pytest.mark.benchmark
 

@@ -16,7 +16,7 @@ from lab.experiments.layers.measuring.layer_shuffle_recovery_features import (
 )
 from lab.experiments.layers.measuring.layer_shuffle_recovery_methods import WITHOUT_TEXT, SlotFeatures, cosines
 from lab.statistics import orders, seriation
-from lab.subjects.anatomy import hidden_of
+from lab.subjects.calls import hidden_of
 from lab.subjects.tiny import LAYERS, loaded, tiny
 
 pytestmark = pytest.mark.calibration

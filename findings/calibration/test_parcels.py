@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from findings.calibration.small_budgets import small_budget, small_corpus
-from lab.corpora.batches import token_batches
+from lab.corpora.batches import TokenText, token_batches
 from lab.experiments import experiment
 from lab.residual.executor import Executor
 from lab.residual.programs import identity, skip
@@ -114,6 +114,30 @@ def test_all_batches_of_layer_programs_are_known_ahead(subject):
     assert len(together) > 2
     assert together == sorted(name for name in asked if name.startswith("single layers "))
     assert all(asked[name] == together for name in together)
+
+
+def test_what_texts_begin_with_is_put_apart_in_work_that_is_sent_too(subject):
+    from lab.cluster.parcels import Packer, unpack
+    from lab.cluster.spread import siblings
+
+    texts = sample(small_corpus("layer_knockout"), None, None)
+    shared = tuple(range(1, 21))
+    texts = replace(
+        texts,
+        texts=tuple(TokenText((*shared, *text.ids), tuple(20 + t for t in text.targets)) for text in texts.texts),
+    )
+    programs = {"intact": identity(8), "without layer 1": skip(8, [1])}
+    losses = ProgramLosses(Executor(subject.decoder), Sweep(), 200, "float32")
+    own = losses.batches(texts, programs, False)
+    assert len(own) > 1
+    assert all(len(batch.prefix) == 20 for batch in own if len(batch.ids) > 1)
+    assert any(len(batch.prefix) for batch in own)
+    work = siblings("part 0", partial(losses._sums, own[0], texts, programs, True, False))
+    assert len(work) == len(own)
+    for name, batch in zip(work, own, strict=True):
+        assert torch.equal(work[name].args[0].prefix, batch.prefix)
+        found, here = unpack(Packer(subject).pack(work[name]), subject)(), work[name]()
+        assert all(np.array_equal(found[key], here[key]) for key in here)
 
 
 def test_pending_arrays_are_a_dict_that_waits():

@@ -10,7 +10,6 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from lab.cluster.parcels import Packer, Parcel
-from lab.corpora.batches import token_batches
 from lab.residual.sweeps import ProgramLosses
 from lab.store import Arrays, Sweep
 
@@ -107,7 +106,8 @@ def siblings(name: str, compute: Work) -> dict[str, Work]:
     if not (isinstance(compute, partial) and isinstance(losses, ProgramLosses)):
         return {name: compute}
     batch, sample, *rest = compute.args
-    batches = token_batches(sample.texts, losses.batch_tokens)
+    programs, _, user_words = rest
+    batches = losses.batches(sample, programs, user_words)
     (place,) = [index for index, each in enumerate(batches) if each.texts == batch.texts]
     what = name.removesuffix(f" {place}")
     return {f"{what} {index}": partial(compute.func, each, sample, *rest) for index, each in enumerate(batches)}

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from lab.errors import NotApplicable
-from lab.subjects.anatomy import Decoder, hidden_of, split_call
+from lab.subjects.anatomy import Decoder, split_call
+from lab.subjects.calls import hidden_of
 
 PRE = ("pre_attention", "pre_mlp")
 POST = ("post_attention", "post_mlp")

@@ -14,8 +14,8 @@ from lab.normalization.replacements import Sink, Tap
 from lab.normalization.sites import FINAL, Norm, Norms
 from lab.residual.executor import Variant
 from lab.residual.programs import Program, Step
-from lab.subjects.anatomy import Decoder, hidden_of
-from lab.subjects.calls import Captured
+from lab.subjects.anatomy import Decoder
+from lab.subjects.calls import Captured, hidden_of
 
 #: what takes a norm's place
 Rule = Callable[[Norm], nn.Module]

@@ -22,8 +22,8 @@ from lab import leftovers
 from lab.corpora.batches import TokenBatch, TokenText, token_batches
 from lab.normalization.surgery import real_positions
 from lab.quantization.layers import WithWeights, matrices
-from lab.subjects.anatomy import Decoder, hidden_of
-from lab.subjects.calls import Captured
+from lab.subjects.anatomy import Decoder
+from lab.subjects.calls import Captured, hidden_of
 
 BATCH_TOKENS = 2048
 DAMPING = 0.01  #: of the Hessian's mean diagonal (Frantar et al. 2023, section 3.3)

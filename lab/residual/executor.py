@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,9 +16,11 @@ from lab.memory import keep_freed_memory
 from lab.residual.compiled import Compiled
 from lab.residual.programs import Program, Step
 from lab.residual.tree import Edge, Frontier, Node, layer_applications, prefix_tree
-from lab.subjects.anatomy import Decoder, hidden_of
+from lab.subjects import token_prefix
+from lab.subjects.anatomy import Decoder
 from lab.subjects.attention_kernels import avoid_plans_per_shape
 from lab.subjects.calls import Captured
+from lab.subjects.token_prefix import PrefixedCapture
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -123,17 +125,29 @@ class Executor:
 
     def trace(self, batch: TokenBatch) -> Iterator[tuple[int, Tensor]]:
         """States of the intact model [B, T, d], one at a time: depth 0 is before the first layer, L after the last."""
-        captured = self.decoder.capture(batch.ids)
+        captured = token_prefix.capture(self.decoder, batch.ids, batch.prefix)
         state = captured.entry
-        yield 0, state
+        yield 0, captured.unpacked(state[None])[0]
         for index, layer in enumerate(self.decoder.layers):
-            state = _applied(layer, state, captured, index, 1)
-            yield index + 1, state
+            with torch.no_grad():
+                state = captured.apply(layer, state, index, 1)
+            yield index + 1, captured.unpacked(state[None])[0]
 
     def intact(self, batch: TokenBatch) -> Tensor:
         """Final state of the intact model [B, T, d], before the final norm: the reference of KL and agreement."""
         *_, (_, final) = self.trace(batch)
         return final
+
+    def takes_token_prefix(self, programs: Iterable[Program]) -> bool:
+        """Whether these programs may run with a common beginning of the texts put apart.
+
+        They may on a CPU, where arithmetic is what takes the time (an accelerator would wait for twice the calls), if
+        they apply the model's own layers and nothing else: a module in a layer's place may do without a cache, and an
+        edit has positions of its own. Compiled layers would be compiled anew for it.
+        """
+        own = all(step.variant is None and step.edit is None for program in programs for step in program)
+        on_cpu = self.decoder.device.type == "cpu" and self.compiler is None
+        return on_cpu and own and self.decoder.takes_token_prefix
 
     def _require_known(self, programs: Sequence[Program]) -> None:
         for step in {step for program in programs for step in program}:
@@ -171,7 +185,7 @@ class _Walk:
     ):
         self.executor, self.batch, self.results = executor, batch, results
         self.readout, self.report = readout, report
-        self.captured = executor.decoder.capture(batch.ids)
+        self.captured = token_prefix.capture(executor.decoder, batch.ids, batch.prefix)
         self.donors: dict[Callable[[Tensor], Captured], Captured] = {}
         self.finished: list[tuple[Node, Tensor]] = []
         self.done, self.total = 0, 0
@@ -180,7 +194,8 @@ class _Walk:
         self.block = max(1, executor.budget_bytes // 4 // (ACTIVATIONS * state_bytes))
         self.is_roomy = _is_roomy(executor.decoder.device, len(results), self.capacity)
         if self.captured.entry.device.type == "cpu":
-            self.block = max(1, min(self.block, CPU_TOKENS // batch.ids.numel()))
+            tokens = self.captured.entry.shape[:-1].numel()
+            self.block = max(1, min(self.block, CPU_TOKENS // tokens))
 
     @torch.no_grad()
     def through(self, root: Node) -> None:
@@ -249,11 +264,11 @@ class _Walk:
     def _layer_output(self, step: Step, stacked: Tensor, copies: int) -> Tensor:
         if step.variant is None:
             assert step.layer is not None
-            return _applied(self.executor._layers[step.layer], stacked, self.captured, step.layer, copies)
+            return self.captured.apply(self.executor._layers[step.layer], stacked, step.layer, copies)
         variant = self.executor.variants[step.variant]
-        return _applied(variant.module, stacked, self._arguments(variant), variant.layer, copies)
+        return self._arguments(variant).apply(variant.module, stacked, variant.layer, copies)
 
-    def _arguments(self, variant: Variant) -> Captured:
+    def _arguments(self, variant: Variant) -> Captured | PrefixedCapture:
         if variant.calls is None:
             return self.captured
         if variant.calls not in self.donors:
@@ -270,7 +285,7 @@ class _Walk:
             self.results.add([node for node, _ in part], results)
 
     def _read(self, finished: Sequence[tuple[Node, Tensor]]) -> Mapping[str, Tensor]:
-        return self.readout(torch.stack([state for _, state in finished]))
+        return self.readout(self.captured.unpacked(torch.stack([state for _, state in finished])))
 
     def _count(self, edges: Sequence[Edge]) -> None:
         self.done += sum(edge.step.layer is not None for edge in edges)
@@ -294,12 +309,6 @@ class _Results:
                 self.tensors[name] = torch.empty((self.n_programs, *values.shape[1:]), dtype=values.dtype)
             for node, value in zip(nodes, values.cpu(), strict=True):
                 self.tensors[name][node.programs] = value
-
-
-@torch.no_grad()
-def _applied(module: Callable[..., object], hidden: Tensor, captured: Captured, layer: int, copies: int) -> Tensor:
-    args, kwargs = captured.call(layer, copies)
-    return hidden_of(module(hidden, *args, **kwargs))
 
 
 def _following(node: Node, state: Tensor) -> list[Edge]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lab.subjects.anatomy import hidden_of
+from lab.subjects.calls import hidden_of
 
 #: rho = lambda d / tr(X^T X). A few massive directions make up most of the trace, so that the best rho is near 0.1
 #: to 1 for some thousand tokens; the grid goes two decades beyond, lest its edge decide.

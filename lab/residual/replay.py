@@ -24,8 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lab.errors import UserError, first_line
 from lab.memory import keep_freed_memory
-from lab.subjects.anatomy import hidden_of, split_call
-from lab.subjects.calls import Captured
+from lab.subjects.anatomy import split_call
+from lab.subjects.calls import Captured, hidden_of
 
 #: Directions that are differentiated together; their activations are in memory at once.
 DIRECTIONS_AT_ONCE = 16

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lab.corpora.batches import TokenBatch, TokenText, positions, token_batches
+from lab.corpora.batches import TokenBatch, TokenText, positions, prefix_apart, token_batches
 from lab.corpora.corpus import Corpus, token_text, user_text
 from lab.errors import UserError
 from lab.residual.executor import Executor
@@ -106,7 +106,7 @@ class ProgramLosses:
         Raises:
             UserError: a loss is NaN or infinite; names program and prompt.
         """
-        batches = token_batches(sample.texts, self.batch_tokens)
+        batches = self.batches(sample, programs, user_words)
         total = float(sum(batch.ids.numel() for batch in batches) * len(programs))
         results: dict[str, np.ndarray] = {}
         done = 0.0
@@ -123,6 +123,13 @@ class ProgramLosses:
             done += batch.ids.numel() * len(programs)
             self.sweep.progress(done, total, what)
         return results
+
+    def batches(self, sample: Sample, programs: Mapping[str, Program], user_words: bool) -> list[TokenBatch]:
+        """The sample's texts in batches; a beginning that all texts of one share is put apart where that may be."""
+        batches = token_batches(sample.texts, self.batch_tokens)
+        if not self.executor.takes_token_prefix(programs.values()):
+            return batches
+        return [prefix_apart(batch, positions(batch, sample.user_targets) if user_words else None) for batch in batches]
 
     def _sums(
         self, batch: TokenBatch, sample: Sample, programs: Mapping[str, Program], compare: bool, user_words: bool

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lab.errors import UserError
-from lab.subjects.calls import Call, Captured, row_independent
+from lab.subjects import token_prefix
+from lab.subjects.calls import Call, Captured, hidden_of, row_independent
 from lab.subjects.head import Head, possible_heads
 
 #: Tokens of the forward pass that reveals the anatomy; enough for the short convolutions of hybrid decoders.
@@ -89,25 +91,34 @@ class Decoder:
         """Logits [..., V] of a residual stream [..., d] at any depth: the logit lens."""
         return self.head(self.final_norm(hidden))
 
+    @cached_property
+    def takes_token_prefix(self) -> bool:
+        """Whether a common beginning of texts may run apart from them, see `lab.subjects.token_prefix`."""
+        return token_prefix.agrees(self)
+
     @torch.no_grad()
-    def capture(self, ids: Tensor) -> Captured:
+    def capture(self, ids: Tensor, arguments: Mapping[str, Any] | None = None) -> Captured:
         """What the model hands to each layer for these token ids [B, T], right-padded, without attention mask.
 
         The model's own forward runs with every layer short-circuited: masks, rotary embeddings and the
         rest are prepared by the model itself and cost next to nothing. A second pass over the first
         row alone tells which arguments depend on the row.
+
+        Args:
+            ids: token ids.
+            arguments: of the model; None for a forward without a cache.
         """
-        ids = ids.to(self.device)
-        entry, calls = self._record(ids)
-        single = self._record(ids[:1])[1] if len(ids) > 1 else calls
+        ids, arguments = ids.to(self.device), arguments or {"use_cache": False}
+        entry, calls = self._record(ids, arguments)
+        single = self._record(ids[:1], arguments)[1] if len(ids) > 1 else calls
         return Captured(entry, tuple(row_independent(call, one) for call, one in zip(calls, single, strict=True)))
 
-    def _record(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+    def _record(self, ids: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, list[Call]]:
         stand_ins = [_StandIn(layer, size) for layer, size in zip(self.layers, self._tuple_sizes, strict=True)]
         stand_ins[-1].is_last = True
         try:
             with _replaced(self._list, stand_ins):
-                self.model(input_ids=ids, use_cache=False)
+                self.model(input_ids=ids, **arguments)
         except _AllCaptured:
             recorded = [stand_in.recorded for stand_in in stand_ins]
             if None not in recorded:
@@ -162,12 +173,6 @@ def split_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor
         return args[0], (tuple(args[1:]), dict(kwargs))
     rest = dict(kwargs)
     return rest.pop("hidden_states"), ((), rest)
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden state in what a layer returned: a tensor, or a tuple that begins with it."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 class _AllCaptured(Exception):

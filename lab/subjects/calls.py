@@ -43,8 +43,23 @@ class Captured:
 
     def call(self, layer: int, copies: int) -> Call:
         """Arguments of a layer for `copies` states of the batch, stacked [k, B, ...] -> [k * B, ...]."""
-        args, kwargs = _mapped(lambda leaf: _tiled(leaf, copies), self.recorded[layer])
+        args, kwargs = mapped(lambda leaf: _tiled(leaf, copies), self.recorded[layer])
         return args, kwargs
+
+    def apply(self, module: Callable[..., object], states: Tensor, layer: int, copies: int) -> Tensor:
+        """What a module returns for `copies` states, stacked [k * B, T, d], with the layer's arguments."""
+        args, kwargs = self.call(layer, copies)
+        return hidden_of(module(states, *args, **kwargs))
+
+    def unpacked(self, states: Tensor) -> Tensor:
+        """States [k, B, T, d] as they are; see `lab.subjects.token_prefix` for others."""
+        return states
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in what a layer returned: a tensor, or a tuple that begins with it."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def row_independent(call: Call, single: Call) -> Call:
@@ -55,7 +70,7 @@ def row_independent(call: Call, single: Call) -> Call:
         single: as captured for the first row alone. A tensor whose size differs between the two has a
             batch axis there; if it holds the same values in every row, the single row is kept.
     """
-    args, kwargs = _mapped(_joined, call, single)
+    args, kwargs = mapped(_joined, call, single)
     return args, kwargs
 
 
@@ -75,11 +90,11 @@ def _tiled(leaf: Any, copies: int) -> Any:
     return leaf.tensor.repeat(repeats) if copies > 1 else leaf.tensor
 
 
-def _mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
+def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
     """Apply `function` to the leaves of equally nested tuples, lists and dicts."""
     if isinstance(first, dict):
-        return {key: _mapped(function, value, *(other[key] for other in others)) for key, value in first.items()}
+        return {key: mapped(function, value, *(other[key] for other in others)) for key, value in first.items()}
     if isinstance(first, (tuple, list)):
-        parts = [_mapped(function, *items) for items in zip(first, *others, strict=True)]
+        parts = [mapped(function, *items) for items in zip(first, *others, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     return function(first, *others)
