@@ -55,6 +55,14 @@ def test_k_finds_a_claim_and_its_lettered_siblings(suite, expression, expected):
     assert {name.partition("[")[0] for name in collected} == expected
 
 
+def test_k_says_which_claims_it_did_not_find(suite):
+    for expression, missing in (("X-1.99", ["X-1.99"]), ("X-1.1 or X-7", ["X-7"]), ("X-1.1 and not X-1.1b", [])):
+        said = str(suite.run("--collect-only", "-q", "-k", expression).stdout)
+        assert [line.split()[3] for line in said.splitlines() if line.startswith("no test of")] == [
+            f"{claim}:" for claim in missing
+        ]
+
+
 def test_markers_part_published_from_measured(suite):
     suite.publish()
     assert all("famous" in name for name in named(suite.run("--collect-only", "-q", "-m", "published")))
