@@ -38,6 +38,10 @@ class Positions:
     def __len__(self) -> int:
         return len(self.row)
 
+    def to(self, device: torch.device | str) -> Positions:
+        """The same positions on another device."""
+        return Positions(self.row.to(device), self.position.to(device), self.target.to(device))
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -57,8 +61,7 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
-        scored = Positions(*(part.to(device) for part in (self.scored.row, self.scored.position, self.scored.target)))
-        return TokenBatch(self.texts, self.ids.to(device), self.lengths.to(device), scored)
+        return TokenBatch(self.texts, self.ids.to(device), self.lengths.to(device), self.scored.to(device))
 
 
 def token_batches(texts: Sequence[TokenText], max_tokens: int) -> list[TokenBatch]:
@@ -77,7 +80,8 @@ def positions(batch: TokenBatch, targets: Sequence[Sequence[int]]) -> Positions:
         batch: a batch of some texts.
         targets: for every text of the corpus (not only this batch's) indices of targets, each at least 1.
     """
-    scored = [(row, t - 1, int(batch.ids[row, t])) for row, text in enumerate(batch.texts) for t in targets[text]]
+    ids = batch.ids.tolist()  # all at once, since every look at a device waits for what it is at
+    scored = [(row, t - 1, ids[row][t]) for row, text in enumerate(batch.texts) for t in targets[text]]
     return _positions(scored)
 
 
