@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ class Sweep:
 
     def shard(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
         """The arrays of this shard: read back if an earlier run saved them, else computed and saved."""
-        if self.folder is None:
+        path = self._path(name)
+        if path is None:
             return compute()
-        path = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npz"
         if path.exists():
             with np.load(path, allow_pickle=False) as saved:
                 return {key: saved[key] for key in saved.files}
@@ -48,10 +49,27 @@ class Sweep:
             np.savez(file, allow_pickle=False, **arrays)
         return arrays
 
+    def begin(
+        self, name: str, compute: Callable[[], Arrays], start: Callable[[], Callable[[], Arrays]]
+    ) -> Callable[[], Arrays]:
+        """Begin this shard unless it is saved; what is returned waits for its arrays, and saves them.
+
+        Args:
+            name: of the shard.
+            compute: all of its work, for whoever has it done elsewhere.
+            start: begins the work; what it returns waits for the arrays.
+        """
+        path = self._path(name)
+        return partial(self.shard, name, compute if path is not None and path.exists() else start())
+
     def progress(self, done: float, total: float, what: str) -> None:
         """Tell whoever watches that `done` of `total` units of `what` are through."""
         if self._report is not None:
             self._report(done, total, what)
+
+    def _path(self, name: str) -> Path | None:
+        """Where a shard is saved; None if none are."""
+        return None if self.folder is None else self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npz"
 
 
 class Store:

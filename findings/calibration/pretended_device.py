@@ -5,6 +5,9 @@ factories with `device="cuda"` make accelerator tensors (which the CPU computes)
 accordingly; and what CUDA refuses is refused: operations between the two places, NumPy views of accelerator tensors,
 generators of the other place. What comes from where the mode cannot see (the autograd engine) has no place and goes
 with either.
+
+It also notes in `waits` what would make the processor wait for all that is queued: copies between the two places, and
+looks at an accelerator's values, unless they are done on another stream than the queue.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, resolve_name
+
+from lab.residual.streams import side_stream
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 FREE_BYTES = 2**28
@@ -36,6 +41,8 @@ _TAKES_ANY = {
 #: self, then indices, which may lie on the processor
 _INDEXED = {"__getitem__", "__setitem__", "index_put", "index_put_"}
 _MOVES = {"to", "cuda", "cpu"}
+#: of an accelerator tensor's values
+_LOOKS = {"item", "tolist", "nonzero", "equal", "allclose", "__bool__", "__int__", "__float__", "__index__"}
 
 
 class PretendedDevice(TorchFunctionMode):
@@ -44,6 +51,8 @@ class PretendedDevice(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._places: dict[int, tuple[StorageWeakRef, torch.device]] = {}
+        self.queue = self.stream = Stream()
+        self.waits: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -56,6 +65,7 @@ class PretendedDevice(TorchFunctionMode):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if name in _MOVES and isinstance(args[0], Tensor):
             return self._moved(func, args, kwargs)
+        self._note_wait(name, args, kwargs)
         here = self._agreed(name, args, kwargs)
         asked = kwargs.get("device")
         if asked is not None:
@@ -105,9 +115,39 @@ class PretendedDevice(TorchFunctionMode):
         rest = [CPU if isinstance(value, (str, torch.device)) else value for value in args[1:]]
         kwargs = {name: CPU if name == "device" else value for name, value in kwargs.items()}
         moved: Tensor = tensor if func.__name__ in ("cuda", "cpu") else tensor.to(*rest, **kwargs)
+        if goal is not None and before is not None and goal != before:
+            self._wait(func.__name__)
         if goal != before and _storage(moved) is not None and self.place(moved) is not None:
             moved = moved.clone() if moved.requires_grad or tensor.requires_grad else moved.detach().clone()
         return moved if goal is None else self.put(moved, goal)
+
+    def _note_wait(self, name: str, args: Any, kwargs: Any) -> None:
+        """Note what looks at values on the accelerator, or copies to or from there."""
+        made_there = name in ("tensor", "as_tensor") and _place(kwargs.get("device") or CPU) == CUDA
+        if made_there or not (args and isinstance(args[0], Tensor)):
+            if made_there:
+                self._wait(name)
+            return
+        there = self.place(args[0]) == CUDA
+        others = [self.place(other) for other in _tensors(args[1:]) if other.dim()]
+        listed = name in _INDEXED and any(isinstance(part, list) for part in _parts(args[1]))
+        masked = name in _INDEXED and any(part.dtype == torch.bool for part in _tensors(args[1:2]))
+        copied = name in _INDEXED | {"copy_"} and (CPU if there else CUDA) in others
+        if (there and (name in _LOOKS or listed or masked)) or copied:
+            self._wait(name)
+
+    def _wait(self, name: str) -> None:
+        if self.stream is self.queue:
+            self.waits.append(name)
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        """What is done here is put on another stream."""
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
 
     def _agreed(self, name: str, args: Any, kwargs: Any) -> torch.device | None:
         """The place of an operation's results; raises where CUDA would."""
@@ -153,6 +193,23 @@ class _Generator(torch.Generator):
         return made
 
 
+class Stream:
+    """A stream of the accelerator that is not there: whatever it is told to do is done by then."""
+
+    def __init__(self, device: Any = None):
+        self.device = device
+
+    def record_event(self) -> object:
+        """A mark in this stream."""
+        return object()
+
+    def wait_event(self, event: object) -> None:
+        """Nothing is under way."""
+
+    def wait_stream(self, stream: Stream) -> None:
+        """Nothing is under way."""
+
+
 @contextmanager
 def pretended_device() -> Iterator[PretendedDevice]:
     """PyTorch with a CUDA device, as far as `lab` asks it about one."""
@@ -166,8 +223,13 @@ def pretended_device() -> Iterator[PretendedDevice]:
         "torch.cuda.memory_reserved": lambda device=None: 0,
         "torch.cuda.memory_allocated": lambda device=None: 0,
         "torch.cuda.synchronize": mock.Mock(),
+        "torch.cuda.Stream": Stream,
+        "torch.cuda.stream": mode.on,
+        "torch.cuda.current_stream": lambda device=None: mode.stream,
     }
     with ExitStack() as stack:
+        side_stream.cache_clear()  # a real device's stream is not this one's, nor the other way round
+        stack.callback(side_stream.cache_clear)
         for name, answer in answers.items():
             stack.enter_context(mock.patch(name, answer))
         yield stack.enter_context(mode)
@@ -186,6 +248,10 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
             return tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):
             return None
+
+
+def _parts(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -96,6 +96,73 @@ def test_arguments_that_depend_on_the_row_are_tiled():
     torch.testing.assert_close(kwargs["row_bias"], expected, rtol=0, atol=0)
 
 
+class AddsFolded(nn.Module):
+    """Adds the first of a row's two values."""
+
+    def forward(self, hidden, *, row_bias):
+        return hidden + row_bias.view(-1, 2)[:, :1, None]
+
+
+class FoldedRowsModel(RowBiasedModel):
+    """Hands out the values of all rows in one axis, two for each, as models fold heads and rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner.model.layers = nn.ModuleList(AddsFolded() for _ in range(LAYERS))
+
+    def forward(self, input_ids, **_):
+        hidden = self.inner.model.embed_tokens(input_ids)
+        folded = torch.stack([input_ids[:, 0], input_ids[:, 1]], dim=1).float().flatten()
+        for layer in self.inner.model.layers:
+            hidden = layer(hidden, row_bias=folded)
+        return CausalLMOutput(logits=self.inner.lm_head(self.inner.model.norm(hidden)))
+
+
+def test_arguments_with_rows_folded_into_another_axis_are_noticed():
+    """They cannot be tiled for other numbers of states, but one pass would take them for alike in all rows."""
+    decoder = Decoder(FoldedRowsModel())
+    with pytest.raises(RuntimeError, match="must match"):
+        decoder.capture(IDS)
+
+
+def passes(decoder, ids, monkeypatch):
+    """Forward passes of the model in a capture of these ids."""
+    seen, record = [], decoder._record
+    monkeypatch.setattr(decoder, "_record", lambda rows, about: seen.append(len(rows)) or record(rows, about))
+    decoder.capture(ids)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(1, [1]), (7, [7]), (3, [3, 1]), (4, [4, 1])], ids=["alone", "other", "tokens", "head"]
+)
+def test_one_pass_is_enough_where_no_axis_has_as_many_entries_as_rows(rows, expected, monkeypatch):
+    """Nine tokens and heads of eight: three rows, or four, may be an axis of any of these."""
+    ids = IDS[:1].repeat(rows, 1)
+    assert passes(Decoder(tiny("qwen3")), ids, monkeypatch) == expected
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "granite"])
+def test_one_pass_finds_what_two_find(architecture, monkeypatch):
+    decoder = Decoder(tiny(architecture))
+    ids = torch.arange(1, 78).reshape(7, 11)
+    once = decoder.capture(ids)
+    monkeypatch.setattr("lab.subjects.anatomy.may_depend_on_row", lambda calls, rows: True)
+    twice = decoder.capture(ids)
+    for one, two in zip(flat(once.recorded), flat(twice.recorded), strict=True):
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
+def test_a_capture_that_failed_leaves_nothing_to_the_next():
+    """Layers that are not called are noticed though they were called before."""
+    decoder = Decoder(tiny("llama"))
+    expected = decoder.capture(IDS)
+    with pytest.raises(IndexError):
+        decoder.capture(torch.full((1, 4), VOCABULARY))
+    assert torch.equal(decoder.capture(IDS).entry, expected.entry)
+    assert not decoder._recorded, "no batch is held"
+
+
 def test_the_text_tower_of_a_multimodal_model_is_found():
     """In Gemma 3 with vision the layers are the text tower's, although the vision tower has as many."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lab.subjects.calls import Captured, PerRow, row_independent
+from lab.subjects.calls import Captured, PerRow, may_depend_on_row, row_independent
 
 pytestmark = pytest.mark.calibration
 
@@ -57,6 +57,17 @@ def test_copies_of_a_batch_follow_each_other():
     assert keywords["positions"].cos.shape == (1, 2, 5)
     ((args, _),) = captured.calls
     assert torch.equal(args[0], mask)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "expected"),
+    [((1, 7, 10), 3, False), ((1, 3), 3, True), ((12, 7), 3, True), ((3, 1, 7, 7), 3, True), ((3, 7), 1, False)],
+)
+def test_an_axis_of_rows_or_of_several_per_row_is_suspected(shape, count, expected):
+    """Wherever the tensor lies in the arguments."""
+    leaf = torch.zeros(shape)
+    calls = [((leaf,), {}), ((None,), {"positions": Pair(leaf, leaf)}), ((), {"nested": [4, {"deep": leaf}]})]
+    assert [may_depend_on_row([((), {"causal": True}), call], count) for call in calls] == [expected] * 3
 
 
 def test_calls_of_different_form_are_not_joined():

@@ -6,7 +6,9 @@ On a CUDA device the benchmark of a 4B shape holds the compiled sweep against th
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -72,6 +74,26 @@ def test_compiled_layers_are_the_layers(decoder, batches):
     kinds = len(set(getattr(decoder.config, "layer_types", None) or ["full_attention"]))
     assert 0 < graphs() <= 3 * kinds, "layers of one kind share their code, whatever the number and length of texts"
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_compiled_layers_are_made_once(decoder):
+    """They are the decoder's: another one has its own, and they end with it."""
+    first, second = (Executor(decoder, compiler="eager")._layers for _ in range(2))
+    assert all(one is other for one, other in zip(first, second, strict=True))
+    assert Executor(decoder)._layers is decoder.layers
+    other = Decoder(tiny("llama"))
+    kept = weakref.ref(Executor(other, compiler="eager")._layers[2])
+    assert kept() is not first[2]
+    replaced = other.layers[2] = nn.Identity()
+    assert Executor(other, compiler="eager")._layers[2].function is replaced
+    del other, replaced
+    gc.collect()
+    assert kept() is None
+
+
+def test_the_loss_is_compiled_once(decoder, batches):
+    one, other = (CompletionLoss(decoder, batch, compiler="eager")._compiled for batch in batches[:2])
+    assert one is other
 
 
 def test_hooks_that_come_later_are_called(batches):

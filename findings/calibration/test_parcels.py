@@ -12,6 +12,7 @@ import torch
 from findings.calibration.small_budgets import small_budget, small_corpus
 from lab.corpora.batches import TokenText, token_batches
 from lab.experiments import experiment
+from lab.residual import sweeps
 from lab.residual.executor import Executor
 from lab.residual.programs import identity, skip
 from lab.residual.sweeps import ProgramLosses, sample
@@ -138,6 +139,44 @@ def test_what_texts_begin_with_is_put_apart_in_work_that_is_sent_too(subject):
         assert torch.equal(work[name].args[0].prefix, batch.prefix)
         found, here = unpack(Packer(subject).pack(work[name]), subject)(), work[name]()
         assert all(np.array_equal(found[key], here[key]) for key in here)
+
+
+class Alone:
+    """A crew of one who begins when the first result is asked for."""
+
+    def __init__(self, subject):
+        self.subject, self.queue, self.log = subject, [], []
+
+    def submit(self, name, parcel):
+        self.log.append("sent")
+        self.queue.append((name, parcel))
+
+    def next(self):
+        from lab.cluster.parcels import unpack
+
+        self.log.append("done")
+        name, parcel = self.queue.pop(0)
+        return name, unpack(parcel, self.subject)()
+
+
+def test_a_sweep_that_looks_ahead_leaves_all_of_it_to_workers(subject, monkeypatch, tmp_path):
+    from lab.cluster.parcels import Packer
+    from lab.cluster.spread import SpreadSweep
+
+    texts, programs = sample(small_corpus("layer_knockout"), None, None), {"intact": identity(8), "less": skip(8, [1])}
+
+    def losses(sweep):
+        found = ProgramLosses(Executor(subject.decoder), sweep, 40, "float32")("all", texts, programs, compare=True)
+        return {name: values.tobytes() for name, values in found.items()}
+
+    here, batches = losses(Sweep()), len(token_batches(texts.texts, 40))
+    monkeypatch.setitem(sweeps.AHEAD, "cpu", 1)
+    crew, begun = Alone(subject), []
+    start = ProgramLosses._start
+    monkeypatch.setattr(ProgramLosses, "_start", lambda *about: begun.append(len(crew.queue)) or start(*about))
+    assert losses(SpreadSweep(Sweep(tmp_path), Packer(subject), crew)) == here
+    assert crew.log == ["sent"] * batches + ["done"] * batches
+    assert len(begun) == batches > 2, "each is begun once, by the worker"
 
 
 def test_pending_arrays_are_a_dict_that_waits():

@@ -153,6 +153,23 @@ def test_progress_is_passed_on(tmp_path):
     assert seen == [(1, 2, "layers")]
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_shard_that_is_begun_is_saved_when_it_is_asked_for(tmp_path, keeps):
+    """And one that is saved is not begun."""
+    seen = []
+
+    def start():
+        seen.append("begun")
+        return lambda: seen.append("done") or {"x": np.array([len(seen)])}
+
+    sweep = Sweep(tmp_path if keeps else None)
+    finish = sweep.begin("one", pytest.fail, start)
+    assert (seen, list(tmp_path.iterdir())) == (["begun"], [])
+    assert (finish()["x"][0], len(list(tmp_path.iterdir()))) == (2, keeps)
+    again = sweep.begin("one", pytest.fail, start)()
+    assert (again["x"][0], len(seen)) == ((2, 2) if keeps else (4, 4))
+
+
 def test_a_sweep_without_a_folder_keeps_nothing():
     count = iter(range(2))
     sweep = Sweep()

@@ -167,6 +167,12 @@ def test_programs_of_other_modules_and_edits_take_none():
     assert not Executor(decoder, compiler="eager").takes_token_prefix([identity(N)])
 
 
+def test_variants_and_edits_are_refused_where_a_prefix_is_apart(batch):
+    executor = Executor(Decoder(tiny("llama")), edits={"same": lambda states, batch: states})
+    with pytest.raises(ValueError, match="prefix of these texts is put apart"):
+        final_states(executor, prefix_apart(batch), [identity(N), edit_before(N, 1, "same")])
+
+
 # ---- what is put apart
 
 

@@ -63,6 +63,10 @@ class SpreadSweep(Sweep):
                 return Pending(partial(self._arrays, name))
         return self._kept.shard(name, compute)
 
+    def begin(self, name: str, compute: Work, start: Callable[[], Work]) -> Work:
+        """Nothing is begun here before it is asked for: workers are, by then, at all that can be sent."""
+        return partial(self.shard, name, compute)
+
     def progress(self, done: float, total: float, what: str) -> None:
         """Progress of what is measured here; while shards are on their way, they are what is counted."""
         if len(self._done) == len(self._sent):

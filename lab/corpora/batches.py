@@ -42,6 +42,10 @@ class Positions:
     def __len__(self) -> int:
         return len(self.row)
 
+    def to(self, device: torch.device | str) -> Positions:
+        """The same positions on another device."""
+        return Positions(self.row.to(device), self.position.to(device), self.target.to(device))
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -63,8 +67,8 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
-        scored = Positions(*(part.to(device) for part in (self.scored.row, self.scored.position, self.scored.target)))
-        return TokenBatch(self.texts, self.ids.to(device), self.lengths.to(device), scored, self.prefix.to(device))
+        scored, prefix = self.scored.to(device), self.prefix.to(device)
+        return TokenBatch(self.texts, self.ids.to(device), self.lengths.to(device), scored, prefix)
 
 
 def token_batches(texts: Sequence[TokenText], max_tokens: int) -> list[TokenBatch]:
@@ -83,9 +87,9 @@ def positions(batch: TokenBatch, targets: Sequence[Sequence[int]]) -> Positions:
         batch: a batch of some texts.
         targets: for every text of the corpus (not only this batch's) indices of targets, each at least 1.
     """
-    ids, first = batch.ids.cpu(), len(batch.prefix)  # one copy from a device instead of one per target
+    ids, first = batch.ids.tolist(), len(batch.prefix)  # all at once: every look at a device waits for what it is at
     return _positions(
-        [(row, t - first - 1, int(ids[row, t - first])) for row, text in enumerate(batch.texts) for t in targets[text]]
+        [(row, t - first - 1, ids[row][t - first]) for row, text in enumerate(batch.texts) for t in targets[text]]
     )
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +12,17 @@ from torch import Tensor
 from lab.corpora.batches import TokenBatch
 from lab.errors import UserError
 from lab.memory import keep_freed_memory
-from lab.residual.compiled import Compiled
+from lab.residual.blocks import in_blocks
+from lab.residual.compiled import compiled_layers
+from lab.residual.plan import Plan, planned
 from lab.residual.programs import Program, Step
-from lab.residual.tree import Edge, Frontier, Node, layer_applications, prefix_tree
+from lab.residual.results import Results, Started
+from lab.residual.tree import Edge, Frontier, Node
 from lab.subjects import token_prefix
 from lab.subjects.anatomy import Decoder
 from lab.subjects.attention_kernels import avoid_plans_per_shape
 from lab.subjects.calls import Captured
 from lab.subjects.token_prefix import PrefixedCapture
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 #: `(states [k, B, T, d], batch) -> states [k, B, T, d]`; treats each of the k states alike, may work in place
 Edit = Callable[[Tensor, TokenBatch], Tensor]
@@ -92,9 +91,14 @@ class Executor:
         self.budget_bytes = budget_bytes or memory_budget(decoder.device)
         self.share_prefixes = share_prefixes
         self.compiler = compiler
-        self._layers = decoder.layers if compiler is None else [Compiled(layer, compiler) for layer in decoder.layers]
+        self._layers = decoder.layers if compiler is None else compiled_layers(decoder, decoder.layers, compiler)
+        self._plan: Plan | None = None
+        self._captured: tuple[Tensor, Tensor, Captured | PrefixedCapture] | None = None
         if decoder.device.type == "cuda":
             avoid_plans_per_shape()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_plan": None, "_captured": None}
 
     def run(
         self, batch: TokenBatch, programs: Sequence[Program], readout: Readout, report: Report | None = None
@@ -113,19 +117,30 @@ class Executor:
         Raises:
             UserError: a program names an unknown layer, variant or edit, or memory is too small for one state.
         """
-        self._require_known(programs)
+        return self.start(batch, programs, readout, report).results()
+
+    def start(
+        self, batch: TokenBatch, programs: Sequence[Program], readout: Readout, report: Report | None = None
+    ) -> Started:
+        """Hand the work of `run` to the device; on a CPU it is done then.
+
+        A CUDA device queues it, unless results are large or a readout looks at them, which takes until they are there.
+        """
+        plan = self._planned(programs)
+        plan.require_known(self.decoder.n_layers, self.variants, self.edits)
+        if len(batch.prefix) and not plan.is_own:
+            raise ValueError("the prefix of these texts is put apart; variants and edits need it in its place")
         if self.decoder.device.type == "cpu":
             keep_freed_memory()
-        trees = [prefix_tree(programs)] if self.share_prefixes else list(map(_alone, range(len(programs)), programs))
-        walk = _Walk(self, batch.to(self.decoder.device), _Results(len(programs)), readout, report)
-        walk.total = sum(map(layer_applications, trees))
-        for tree in trees:
+        walk = _Walk(self, batch.to(self.decoder.device), Results(len(programs)), readout, report)
+        walk.total = plan.layer_applications
+        for tree in plan.trees:
             walk.through(tree)
-        return walk.results.tensors
+        return Started(self.decoder.device, walk.results, held=walk)
 
     def trace(self, batch: TokenBatch) -> Iterator[tuple[int, Tensor]]:
         """States of the intact model [B, T, d], one at a time: depth 0 is before the first layer, L after the last."""
-        captured = token_prefix.capture(self.decoder, batch.ids, batch.prefix)
+        captured = self.capture(batch)
         state = captured.entry
         yield 0, captured.unpacked(state[None])[0]
         for index, layer in enumerate(self.decoder.layers):
@@ -138,26 +153,32 @@ class Executor:
         *_, (_, final) = self.trace(batch)
         return final
 
-    def takes_token_prefix(self, programs: Iterable[Program]) -> bool:
+    def takes_token_prefix(self, programs: Sequence[Program]) -> bool:
         """Whether these programs may run with a common beginning of the texts put apart.
 
         They may on a CPU, where arithmetic is what takes the time (an accelerator would wait for twice the calls), if
         they apply the model's own layers and nothing else: a module in a layer's place may do without a cache, and an
         edit has positions of its own. Compiled layers would be compiled anew for it.
         """
-        own = all(step.variant is None and step.edit is None for program in programs for step in program)
         on_cpu = self.decoder.device.type == "cpu" and self.compiler is None
-        return on_cpu and own and self.decoder.takes_token_prefix
+        return on_cpu and self._planned(programs).is_own and self.decoder.takes_token_prefix
 
-    def _require_known(self, programs: Sequence[Program]) -> None:
-        for step in {step for program in programs for step in program}:
-            if step.layer is not None and not 0 <= step.layer < self.decoder.n_layers:
-                last = self.decoder.n_layers - 1
-                raise UserError(f"a program names layer {step.layer}; the model has layers 0 to {last}")
-            for kind, name, known in (("variant", step.variant, self.variants), ("edit", step.edit, self.edits)):
-                if name is not None and name not in known:
-                    names = ", ".join(sorted(known)) or "none"
-                    raise UserError(f"a program names the {kind} {name!r}; the executor knows {names}")
+    def capture(self, batch: TokenBatch) -> Captured | PrefixedCapture:
+        """What the model hands to its layers for this batch; kept until another batch comes.
+
+        A batch is known by its tensors of ids. Nothing but layers may change in the model as long as it is kept.
+        """
+        kept = self._captured
+        if kept is None or kept[0] is not batch.ids or kept[1] is not batch.prefix:
+            captured = token_prefix.capture(self.decoder, batch.ids, batch.prefix)
+            self._captured = kept = batch.ids, batch.prefix, captured
+        return kept[2]
+
+    def _planned(self, programs: Sequence[Program]) -> Plan:
+        """The plan for these programs; the last one is kept, since a sweep asks for the same with every batch."""
+        if self._plan is None or self._plan.programs != tuple(programs):
+            self._plan = planned(programs, share_prefixes=self.share_prefixes)
+        return self._plan
 
 
 def memory_budget(device: torch.device) -> int:
@@ -181,11 +202,11 @@ class _Walk:
     """One batch's way through the trees of its programs."""
 
     def __init__(
-        self, executor: Executor, batch: TokenBatch, results: _Results, readout: Readout, report: Report | None
+        self, executor: Executor, batch: TokenBatch, results: Results, readout: Readout, report: Report | None
     ):
         self.executor, self.batch, self.results = executor, batch, results
         self.readout, self.report = readout, report
-        self.captured = token_prefix.capture(executor.decoder, batch.ids, batch.prefix)
+        self.captured = executor.capture(batch)
         self.donors: dict[Callable[[Tensor], Captured], Captured] = {}
         self.finished: list[tuple[Node, Tensor]] = []
         self.done, self.total = 0, 0
@@ -228,7 +249,7 @@ class _Walk:
     def _advanced(self, group: list[Edge]) -> list[Edge]:
         """Apply the group's layer; the edges that follow."""
         following: list[Edge] = []
-        for edges, states in _in_blocks(group, self.block, self._states_after):
+        for edges, states in in_blocks(group, self.block, self._states_after):
             for edge, state in zip(edges, states, strict=True):
                 self._finish(edge.node, state)
                 following += _following(edge.node, state)
@@ -281,7 +302,7 @@ class _Walk:
 
     def _read_finished(self) -> None:
         finished, self.finished = self.finished, []
-        for part, results in _in_blocks(finished, max(1, self.capacity // 2), self._read):
+        for part, results in in_blocks(finished, max(1, self.capacity // 2), self._read):
             self.results.add([node for node, _ in part], results)
 
     def _read(self, finished: Sequence[tuple[Node, Tensor]]) -> Mapping[str, Tensor]:
@@ -293,56 +314,5 @@ class _Walk:
             self.report(self.done, self.total, "layers")
 
 
-class _Results:
-    """Collects [k, ...] results of nodes into [n_programs, ...] per name."""
-
-    def __init__(self, n_programs: int):
-        self.n_programs = n_programs
-        self.tensors: dict[str, Tensor] = {}
-
-    def __len__(self) -> int:
-        return self.n_programs
-
-    def add(self, nodes: Sequence[Node], results: Mapping[str, Tensor]) -> None:
-        for name, values in results.items():
-            if name not in self.tensors:
-                self.tensors[name] = torch.empty((self.n_programs, *values.shape[1:]), dtype=values.dtype)
-            for node, value in zip(nodes, values.cpu(), strict=True):
-                self.tensors[name][node.programs] = value
-
-
 def _following(node: Node, state: Tensor) -> list[Edge]:
     return [Edge(state, step, child) for step, child in node.children.items()]
-
-
-def _alone(index: int, program: Program) -> Node:
-    root = prefix_tree([program])
-    for node in (root, *root.descendants()):
-        node.programs = [index] * len(node.programs)
-    return root
-
-
-def _in_blocks(
-    items: Sequence[Item], size: int, function: Callable[[Sequence[Item]], Result]
-) -> Iterator[tuple[Sequence[Item], Result]]:
-    """Blocks of at most `size` items with the function's result; halves the size when memory runs out."""
-    start = 0
-    while start < len(items):
-        block = items[start : start + size]
-        try:
-            result = function(block)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if len(block) == 1:
-                raise UserError("out of memory with a single state; measure fewer tokens per batch") from error
-            size = max(1, min(size, len(block)) // 2)
-            warnings.warn(f"out of memory; going on with {size} states at a time", RuntimeWarning, stacklevel=2)
-            continue
-        yield block, result
-        start += len(block)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch has a class of its own for accelerators only; a failed allocation on the CPU is a bare RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

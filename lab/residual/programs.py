@@ -34,6 +34,11 @@ class Step:
         """Whether the step leaves the residual stream as it is."""
         return self.layer is None and self.edit is None
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the step applies a layer of the model under study, or nothing, to the stream as it is."""
+        return self.variant is None and self.edit is None
+
 
 Program = tuple[Step, ...]
 

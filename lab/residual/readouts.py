@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lab.corpora.batches import Positions, TokenBatch
-from lab.residual.compiled import Compiled
+from lab.residual.compiled import compiled_function
 from lab.subjects.anatomy import Decoder
 from lab.subjects.head import Head
 
@@ -63,14 +63,14 @@ class CompletionLoss:
     ):
         scored = batch.scored if positions is None else positions
         self.decoder = decoder
-        self.positions = Positions(*(part.to(decoder.device) for part in (scored.row, scored.position, scored.target)))
+        self.positions = scored.to(decoder.device)
         self.n_rows = len(batch.lengths)
         self.head_dtype = head_dtype
         self.chunk_rows = chunk_rows or rows_at_a_time(decoder)
         self.target_probability = target_probability
         self.reference = None if reference is None else self._scored(reference[None])[0]
         alone = compiler if reference is None and not target_probability else None
-        self._compiled = Compiled(_target_log_probability, alone) if alone else None
+        self._compiled = compiled_function(_target_log_probability, alone) if alone else None
         # Sums over a mask have a fixed order, which adding by index has not on a CUDA device.
         self._of_row = self.positions.row[:, None] == torch.arange(self.n_rows, device=decoder.device)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +15,17 @@ from torch import Tensor
 from lab.corpora.batches import TokenBatch, TokenText, positions, prefix_apart, token_batches
 from lab.corpora.corpus import Corpus, token_text, user_text
 from lab.errors import UserError
+from lab.residual.ahead import in_order
 from lab.residual.executor import Executor
 from lab.residual.programs import Program
 from lab.residual.readouts import CompletionLoss
+from lab.residual.results import Started
+from lab.residual.streams import beside, mark
 from lab.store import Arrays, Sweep
 
 HEAD_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+#: Batches that a CUDA device has queued while an earlier one is waited for. A CPU has none: a killed run would lose it.
+AHEAD = {"cuda": 1}
 
 
 @dataclass(frozen=True)
@@ -110,9 +117,8 @@ class ProgramLosses:
         total = float(sum(batch.ids.numel() for batch in batches) * len(programs))
         results: dict[str, np.ndarray] = {}
         done = 0.0
-        for index, batch in enumerate(batches):
-            compute = partial(self._sums, batch, sample, programs, compare, user_words)
-            arrays = self.sweep.shard(f"{what} {index}", compute)
+        shards = self._shards(what, batches, sample, programs, compare, user_words)
+        for batch, arrays in zip(batches, shards, strict=True):
             for name, sums in arrays.items():
                 tokens = sample.user_tokens if name == "user_loss" else sample.scored_tokens
                 target = results.setdefault(name, np.full((len(programs), len(sample.texts)), np.nan))
@@ -127,27 +133,58 @@ class ProgramLosses:
     def batches(self, sample: Sample, programs: Mapping[str, Program], user_words: bool) -> list[TokenBatch]:
         """The sample's texts in batches; a beginning that all texts of one share is put apart where that may be."""
         batches = token_batches(sample.texts, self.batch_tokens)
-        if not self.executor.takes_token_prefix(programs.values()):
+        if not self.executor.takes_token_prefix(list(programs.values())):
             return batches
         return [prefix_apart(batch, positions(batch, sample.user_targets) if user_words else None) for batch in batches]
+
+    def _shards(self, what: str, batches: Sequence[TokenBatch], *about: Any) -> Iterator[Arrays]:
+        """Sums of one batch after the other, read back or computed."""
+        device = self.executor.decoder.device
+        depth, queue = AHEAD.get(device.type, 0), mark(device)
+        work = {f"{what} {index}": partial(self._sums, batch, *about) for index, batch in enumerate(batches)}
+        if not depth:
+            return itertools.starmap(self.sweep.shard, work.items())
+        begins = (
+            partial(self.sweep.begin, name, compute, partial(self._start, queue, *compute.args))
+            for name, compute in work.items()
+        )
+        return in_order(begins, depth)
 
     def _sums(
         self, batch: TokenBatch, sample: Sample, programs: Mapping[str, Program], compare: bool, user_words: bool
     ) -> Arrays:
-        batch = batch.to(self.executor.decoder.device)
+        queue = mark(self.executor.decoder.device)
+        return self._start(queue, batch, sample, programs, compare, user_words)()
+
+    def _start(
+        self,
+        queue: torch.cuda.Event | None,
+        batch: TokenBatch,
+        sample: Sample,
+        programs: Mapping[str, Program],
+        compare: bool,
+        user_words: bool,
+    ) -> Callable[[], Arrays]:
+        """Begin the work on a batch, which is prepared beside what is queued after `queue`; what is returned waits."""
+        device = self.executor.decoder.device
+        with beside(device, queue):
+            user_positions = positions(batch, sample.user_targets).to(device) if user_words else None
+            batch = batch.to(device)
+            self.executor.capture(batch)
         dtype = HEAD_DTYPES[self.head_dtype]
         reference = self.executor.intact(batch) if compare else None
         loss = partial(CompletionLoss, self.executor.decoder, batch, head_dtype=dtype, compiler=self.executor.compiler)
         completion = loss(reference=reference, target_probability=compare)
-        user = loss(positions=positions(batch, sample.user_targets)) if user_words else None
+        user = loss(positions=user_positions) if user_words else None
 
         def read(states: Tensor) -> dict[str, Tensor]:
             return completion(states) | ({"user_loss": user(states)["loss"]} if user else {})
 
-        return {
-            name: sums.double().numpy()
-            for name, sums in self.executor.run(batch, list(programs.values()), read).items()
-        }
+        return partial(_sums_of, self.executor.start(batch, list(programs.values()), read))
+
+
+def _sums_of(started: Started) -> Arrays:
+    return {name: sums.double().numpy() for name, sums in started.results().items()}
 
 
 def token_mean(per_prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ that cannot be taken apart is refused at once instead of being measured wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lab.errors import UserError
 from lab.subjects import token_prefix
-from lab.subjects.calls import Call, Captured, hidden_of, row_independent
+from lab.subjects.calls import Call, Captured, hidden_of, may_depend_on_row, row_independent
 from lab.subjects.head import Head, possible_heads
 
 #: Tokens of the forward pass that reveals the anatomy; enough for the short convolutions of hybrid decoders.
@@ -53,6 +53,8 @@ class Decoder:
         self._tuple_sizes: list[int] = []
         self.final_norm: nn.Module = nn.Identity()
         self.unembedding: Head = self._dissect(possible_heads(self.model, self.config))
+        self._recorded: dict[int, tuple[Tensor, Call]] = {}
+        self._stand_ins = self._made_stand_ins()
 
     @property
     def n_layers(self) -> int:
@@ -101,8 +103,8 @@ class Decoder:
         """What the model hands to each layer for these token ids [B, T], right-padded, without attention mask.
 
         The model's own forward runs with every layer short-circuited: masks, rotary embeddings and the
-        rest are prepared by the model itself and cost next to nothing. A second pass over the first
-        row alone tells which arguments depend on the row.
+        rest are prepared by the model itself and cost next to nothing. Where an argument may depend on the row,
+        a second pass over the first row alone tells which do.
 
         Args:
             ids: token ids.
@@ -110,22 +112,32 @@ class Decoder:
         """
         ids, arguments = ids.to(self.device), arguments or {"use_cache": False}
         entry, calls = self._record(ids, arguments)
-        single = self._record(ids[:1], arguments)[1] if len(ids) > 1 else calls
+        if not may_depend_on_row(calls, len(ids)):
+            return Captured(entry, tuple(calls))
+        single = self._record(ids[:1], arguments)[1]
         return Captured(entry, tuple(row_independent(call, one) for call, one in zip(calls, single, strict=True)))
 
     def _record(self, ids: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, list[Call]]:
-        stand_ins = [_StandIn(layer, size) for layer, size in zip(self.layers, self._tuple_sizes, strict=True)]
-        stand_ins[-1].is_last = True
         try:
-            with _replaced(self._list, stand_ins):
+            with _replaced(self._list, self._stand_ins):
                 self.model(input_ids=ids, **arguments)
         except _AllCaptured:
-            recorded = [stand_in.recorded for stand_in in stand_ins]
-            if None not in recorded:
-                return recorded[0][0], [call for _, call in recorded]
+            if len(self._recorded) == self.n_layers:
+                return self._recorded[0][0], [self._recorded[layer][1] for layer in range(self.n_layers)]
+        finally:
+            self._recorded.clear()
         raise UserError(
             f"{self._name} does not run all of its {self.n_layers} layers; it cannot be studied layer by layer"
         )
+
+    def _made_stand_ins(self) -> dict[str, nn.Module]:
+        """Stand-ins for the layers, under the layers' names; made once, since modules are slow to make."""
+        return {
+            name: _StandIn(layer, size, self._recorded, index, is_last=index == self.n_layers - 1)
+            for index, (name, layer, size) in enumerate(
+                zip(self._list._modules, self.layers, self._tuple_sizes, strict=True)
+            )
+        }
 
     @torch.no_grad()
     def _dissect(self, heads: tuple[Head, ...]) -> Head:
@@ -185,13 +197,14 @@ class _StandIn(nn.Module):
     The layer itself is not called, so hooks that others have set on it see real activations only.
     """
 
-    def __init__(self, layer: nn.Module, tuple_size: int):
+    def __init__(
+        self, layer: nn.Module, tuple_size: int, recorded: dict[int, tuple[Tensor, Call]], index: int, *, is_last: bool
+    ):
         super().__init__()
         # Not as a submodule, or the layer would be moved and renamed with the stand-in.
         object.__setattr__(self, "layer", layer)
-        self.tuple_size = tuple_size
-        self.is_last = False
-        self.recorded: Any = None
+        self.tuple_size, self.is_last = tuple_size, is_last
+        self.recorded, self.index = recorded, index
 
     def __getattr__(self, name: str) -> Any:
         # Some models read an attribute of the layer, such as its attention type, before they call it.
@@ -199,23 +212,21 @@ class _StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden, call = split_call(args, kwargs)
-        self.recorded = hidden, call
+        self.recorded[self.index] = hidden, call
         if self.is_last:
             raise _AllCaptured
         return (hidden,) + (None,) * (self.tuple_size - 1) if self.tuple_size else hidden
 
 
 @contextmanager
-def _replaced(modules: nn.ModuleList, others: Sequence[nn.Module]) -> Iterator[None]:
-    """Put other modules into a module list for a while."""
-    own = list(modules)
+def _replaced(modules: nn.ModuleList, others: dict[str, nn.Module]) -> Iterator[None]:
+    """Put other modules, under the same names, into a module list for a while."""
+    own = modules._modules  # all at once: setting items one by one took a fifth of a capture
     try:
-        for index, other in enumerate(others):
-            modules[index] = other
+        modules._modules = others
         yield
     finally:
-        for index, module in enumerate(own):
-            modules[index] = module
+        modules._modules = own
 
 
 def _find_layers(model: Any, n_layers: int) -> tuple[nn.Module, nn.ModuleList]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,25 @@ def row_independent(call: Call, single: Call) -> Call:
     """
     args, kwargs = mapped(_joined, call, single)
     return args, kwargs
+
+
+def may_depend_on_row(calls: Sequence[Call], rows: int) -> bool:
+    """Whether arguments captured for B rows may depend on the row: an axis has B entries, or a multiple.
+
+    Multiples count, since other axes, such as the heads, may be folded into that of the rows.
+    """
+    leaves = (leaf for call in calls for leaf in _leaves(call))
+    return rows > 1 and any(size % rows == 0 for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape)
+
+
+def _leaves(nested: Any) -> Iterator[Any]:
+    if isinstance(nested, dict):
+        nested = nested.values()
+    elif not isinstance(nested, (tuple, list)):
+        yield nested
+        return
+    for item in nested:
+        yield from _leaves(item)
 
 
 def _joined(many: Any, one: Any) -> Any:
