@@ -12,6 +12,7 @@ looks at an accelerator's values, unless they are done on another stream than th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -230,6 +231,7 @@ def pretended_device() -> Iterator[PretendedDevice]:
     with ExitStack() as stack:
         side_stream.cache_clear()  # a real device's stream is not this one's, nor the other way round
         stack.callback(side_stream.cache_clear)
+        stack.callback(_forget_accelerator)
         for name, answer in answers.items():
             stack.enter_context(mock.patch(name, answer))
         yield stack.enter_context(mode)
@@ -237,6 +239,13 @@ def pretended_device() -> Iterator[PretendedDevice]:
 
 def _place(device: Any) -> torch.device:
     return CUDA if torch.device(device).type == "cuda" else CPU
+
+
+def _forget_accelerator() -> None:
+    """Let neural-compressor look again which device there is: it remembers the first answer, and PEFT asks it."""
+    known = sys.modules.get("neural_compressor.torch.utils.auto_accelerator")
+    if known is not None:
+        known.auto_detect_accelerator.cache_clear()
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage | None:

@@ -167,6 +167,12 @@ def test_programs_of_other_modules_and_edits_take_none():
     assert not Executor(decoder, compiler="eager").takes_token_prefix([identity(N)])
 
 
+def test_in_bfloat16_losses_stay_as_near_to_the_models_own_as_they_are():
+    decoder = Decoder(tiny("llama").bfloat16())
+    assert decoder.takes_token_prefix
+    assert not Executor(decoder).takes_token_prefix([identity(N)])
+
+
 def test_variants_and_edits_are_refused_where_a_prefix_is_apart(batch):
     executor = Executor(Decoder(tiny("llama")), edits={"same": lambda states, batch: states})
     with pytest.raises(ValueError, match="prefix of these texts is put apart"):

@@ -159,9 +159,14 @@ class Executor:
         They may on a CPU, where arithmetic is what takes the time (an accelerator would wait for twice the calls), if
         they apply the model's own layers and nothing else: a module in a layer's place may do without a cache, and an
         edit has positions of its own. Compiled layers would be compiled anew for it.
+
+        And they may in float32 only. Queries after a prefix need a mask, and with one another kernel attends. In
+        bfloat16 that one is as near to float32 (30 knockouts of SmolLM2 on 12 prompts: 0.010 nat, root of the mean
+        square; 0.008 without), but losses differ by 0.005 nat from the model's own forward, else by 0.0002.
         """
-        on_cpu = self.decoder.device.type == "cpu" and self.compiler is None
-        return on_cpu and self._planned(programs).is_own and self.decoder.takes_token_prefix
+        if self.decoder.device.type != "cpu" or self.compiler is not None or self.decoder.dtype.itemsize < 4:
+            return False
+        return self._planned(programs).is_own and self.decoder.takes_token_prefix
 
     def capture(self, batch: TokenBatch) -> Captured | PrefixedCapture:
         """What the model hands to its layers for this batch; kept until another batch comes.
