@@ -50,7 +50,8 @@ MODULES = (
     "lab/normalization/recovery.py", "lab/normalization/moments.py", "lab/normalization/replacements.py",
     "lab/normalization/constants.py", "lab/normalization/surgery.py", "lab/corpora/batches.py",
     "lab/corpora/degeneration.py", "lab/corpora/token_classes.py", "lab/records.py", "lab/store.py",
-    "lab/subjects/calls.py", "lab/subjects/head.py", "lab/subjects/products.py", "lab/snapshots/*.py",
+    "lab/subjects/calls.py", "lab/subjects/head.py", "lab/subjects/products.py", "lab/subjects/token_prefix.py",
+    "lab/snapshots/*.py",
 )  # fmt: skip
 TESTS = ("findings/*/test_*.py",)
 #: calibration of what is not mutated, or that runs in other processes, needs weights, or measures speed

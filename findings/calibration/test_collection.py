@@ -61,6 +61,7 @@ def test_k_says_which_claims_it_did_not_find(suite):
         assert [line.split()[3] for line in said.splitlines() if line.startswith("no test of")] == [
             f"{claim}:" for claim in missing
         ]
+    assert str(suite.run("-q", "-k", "X-1.99 or X-1.1", "-n", "2").stdout).count("no test of X-1.99:") == 1
 
 
 def test_markers_part_published_from_measured(suite):

@@ -117,6 +117,28 @@ def test_what_cannot_be_compiled_runs_as_it_is(batches):
     assert torch.equal(found, finals(Executor(decoder), batches[0]))
 
 
+def test_the_compiler_is_tried_again_by_who_asks_next():
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match="no compiler"):
+            assert compiled.compiled_function(torch.sin, broken)(torch.zeros(1)) == 0
+        assert compiled._FUNCTIONS[torch.sin, broken].has_failed
+    assert not compiled.compiled_function(torch.sin, broken).has_failed
+
+
+def test_layers_that_were_replaced_are_let_go():
+    decoder = Decoder(tiny("llama"))
+    gone = weakref.ref(decoder.layers[2])
+    compiled.compiled_layers(decoder, decoder.layers, "eager")
+    decoder.layers[2] = decoder._list[2] = torch.nn.Identity()
+    assert len(compiled.compiled_layers(decoder, decoder.layers, "eager")) == len(decoder.layers)
+    decoder._stand_ins.clear()
+    gc.collect()
+    assert gone() is None
+
+
 def test_an_error_of_the_layer_itself_is_not_taken_for_the_compilers():
     layer = Compiled(refusing(), "eager")
     with warnings.catch_warnings():

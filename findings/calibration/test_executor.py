@@ -310,6 +310,16 @@ def test_trace_gives_the_state_at_every_depth(decoder, batch):
     torch.testing.assert_close(executor.intact(batch), states[-1], rtol=0, atol=0)
 
 
+def test_who_writes_to_a_trace_changes_nothing(llama, batch):
+    executor = Executor(llama)
+    before = executor.intact(batch)
+    for _, state in executor.trace(batch):
+        written = state
+        break
+    written.zero_()
+    torch.testing.assert_close(executor.intact(batch), before, rtol=0, atol=0)
+
+
 # ---- mistakes
 
 
@@ -317,6 +327,8 @@ def test_trace_gives_the_state_at_every_depth(decoder, batch):
     ("program", "message"),
     [
         (order([0, 7]), "names layer 7; the model has layers 0 to 4"),
+        (order([0, N]), "names layer 5; the model has layers 0 to 4"),
+        (order([0, -1]), "names layer -1; the model has layers 0 to 4"),
         (replace(N, 1, "quantised"), "names the variant 'quantised'; the executor knows none"),
         (edit_before(N, 1, "noise"), "names the edit 'noise'; the executor knows none"),
     ],

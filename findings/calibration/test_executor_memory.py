@@ -101,11 +101,12 @@ def short_of_memory(rows, error=SHORTAGES[0]):
     return decoder
 
 
+@pytest.mark.parametrize("fitting", [2, 1])
 @pytest.mark.parametrize("error", SHORTAGES, ids=["accelerator", "cpu"])
-def test_out_of_memory_goes_on_with_smaller_blocks(llama, batch, error):
+def test_out_of_memory_goes_on_with_smaller_blocks(llama, batch, error, fitting):
     """Blocks are halved until they fit, with a warning; the results do not change."""
-    decoder = short_of_memory(2 * len(batch.ids), error)
-    with pytest.warns(RuntimeWarning, match="out of memory; going on with 2 states at a time"):
+    decoder = short_of_memory(fitting * len(batch.ids), error)
+    with pytest.warns(RuntimeWarning, match=f"out of memory; going on with {fitting} states at a time"):
         states = final_states(Executor(decoder), batch, KNOCKOUTS)
     torch.testing.assert_close(states, final_states(Executor(llama), batch, KNOCKOUTS), **CLOSE)
 

@@ -1,4 +1,4 @@
-"""A batch is queued while the one before it runs; what was found before is found, and nothing that is done is lost."""
+"""A batch is queued while the one before it runs; what was found before is found, and a failure loses none of it."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_looking_ahead_changes_nothing_but_the_order(decoder, monkeypatch, tmp_p
 
 
 def failing(decoder, monkeypatch, rows):
-    """The layer fails from the batch with this shape on."""
+    """A batch of this shape cannot be begun."""
     start = Executor.start
 
     def refuse(executor, batch, *about):
@@ -248,6 +248,7 @@ def test_a_wrong_number_of_results_is_refused():
 
 
 def test_a_sweep_plans_once_and_captures_every_batch_once(decoder, monkeypatch):
+    assert decoder.can_split_prefix  # which is tried once, on a batch of its own
     plans, captures = [], []
     planned, capture = executor_module.planned, Decoder.capture
     monkeypatch.setattr(executor_module, "planned", lambda programs, **how: plans.append(1) or planned(programs, **how))

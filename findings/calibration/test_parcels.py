@@ -126,14 +126,15 @@ def test_what_texts_begin_with_is_put_apart_in_work_that_is_sent_too(subject):
     texts = replace(
         texts,
         texts=tuple(TokenText((*shared, *text.ids), tuple(20 + t for t in text.targets)) for text in texts.texts),
+        user_targets=((18, 19, 20),) * len(texts.texts),  # within what is shared: the prefix ends before them
     )
     programs = {"intact": identity(8), "without layer 1": skip(8, [1])}
     losses = ProgramLosses(Executor(subject.decoder), Sweep(), 200, "float32")
-    own = losses.batches(texts, programs, False)
+    own = losses.batches(texts, programs, True)
     assert len(own) > 1
-    assert all(len(batch.prefix) == 20 for batch in own if len(batch.ids) > 1)
+    assert all(len(batch.prefix) == 17 for batch in own if len(batch.ids) > 1)
     assert any(len(batch.prefix) for batch in own)
-    work = siblings("part 0", partial(losses._sums, own[0], texts, programs, True, False))
+    work = siblings("part 0", partial(losses._sums, own[0], texts, programs, True, True))
     assert len(work) == len(own)
     for name, batch in zip(work, own, strict=True):
         assert torch.equal(work[name].args[0].prefix, batch.prefix)

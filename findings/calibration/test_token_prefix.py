@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -17,8 +18,9 @@ from lab.residual.executor import Executor, Variant
 from lab.residual.programs import edit_before, identity, loop_last, order, repeat, replace, skip, swap
 from lab.residual.sweeps import ProgramLosses, Sample
 from lab.store import Sweep
+from lab.subjects import token_prefix
 from lab.subjects.anatomy import Decoder
-from lab.subjects.tiny import ARCHITECTURES, VOCABULARY, tiny
+from lab.subjects.tiny import ARCHITECTURES, LAYERS, VOCABULARY, tiny
 
 pytestmark = pytest.mark.calibration
 
@@ -56,7 +58,7 @@ def batch(texts):
 @pytest.mark.parametrize("architecture", TAKING)
 def test_programs_reach_the_same_states(architecture, batch):
     decoder, apart = Decoder(tiny(architecture)), prefix_apart(batch)
-    assert decoder.takes_token_prefix
+    assert decoder.can_split_prefix
     assert len(apart.prefix) == PREFIX
     whole = final_states(Executor(decoder), batch, PROGRAMS)
     found = final_states(Executor(decoder), apart, PROGRAMS)
@@ -82,13 +84,15 @@ def test_trace_gives_the_states_after_the_prefix(batch):
 
 @pytest.mark.parametrize("user_words", [False, True])
 def test_losses_are_the_same(texts, user_words):
-    """Loss, distance to the intact model and the loss on the user's words, which begin at the end of the prefix."""
+    """Loss, distance to the intact model and the loss on the user's words, of which all texts share the first."""
     decoder = Decoder(tiny("qwen2"))
-    own_words = tuple(tuple(range(PREFIX + 1, text.targets[0])) for text in texts)
+    own_words = tuple(tuple(range(PREFIX - 1, text.targets[0])) for text in texts)
     sample = Sample(("a", "b", "c"), tuple(texts), own_words)
     programs = {str(index): program for index, program in enumerate(PROGRAMS)}
     executors = Executor(decoder), Executor(decoder)
-    executors[1].takes_token_prefix = lambda programs: False
+    (apart,) = ProgramLosses(executors[0], Sweep(), 1000, "float32").batches(sample, programs, user_words)
+    assert len(apart.prefix) == (PREFIX - 2 if user_words else PREFIX)
+    executors[1].splits_prefix = lambda programs: False
     found, whole = (
         ProgramLosses(executor, Sweep(), 1000, "float32")("x", sample, programs, compare=True, user_words=user_words)
         for executor in executors
@@ -115,7 +119,7 @@ def test_the_prefix_runs_once_for_all_rows(batch):
 
 @pytest.mark.parametrize("architecture", sorted(WITH_OTHER_MEMORY))
 def test_layers_with_another_memory_take_none(architecture):
-    assert not Decoder(tiny(architecture)).takes_token_prefix
+    assert not Decoder(tiny(architecture)).can_split_prefix
 
 
 class WithMeanOfEarlier(nn.Module):
@@ -131,17 +135,33 @@ class WithMeanOfEarlier(nn.Module):
 
 
 def test_a_layer_that_remembers_in_its_own_way_is_found_out():
+    """Also where it has taken another's place since."""
     model = tiny("llama")
     model.model.layers[3] = WithMeanOfEarlier(model.model.layers[3])
-    assert not Decoder(model).takes_token_prefix
+    assert not Decoder(model).can_split_prefix
+    decoder = Decoder(tiny("llama"))
+    assert decoder.can_split_prefix
+    decoder.layers[2] = WithMeanOfEarlier(decoder.layers[2])
+    assert not decoder.can_split_prefix
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rotary_embeddings_that_depend_on_the_length_take_none(kind):
     model = tiny("llama")
-    assert Decoder(model).takes_token_prefix
+    assert Decoder(model).can_split_prefix
     model.config.rope_parameters = {"rope_type": kind, "factor": 2.0, "rope_theta": 10_000.0}
-    assert not Decoder(model).takes_token_prefix
+    assert not Decoder(model).can_split_prefix
+    own = {"rope_type": "default", "rope_theta": 10_000.0}
+    model.config.rope_parameters = {"full_attention": own, "sliding_attention": own}
+    assert token_prefix.is_attention_alone(model.config)
+    model.config.rope_parameters["sliding_attention"] = own | {"rope_type": kind}
+    assert not token_prefix.is_attention_alone(model.config)
+
+
+def test_chunks_longer_than_what_is_tried_take_none():
+    model = tiny("llama")
+    model.config.layer_types = ["chunked_attention"] * LAYERS
+    assert not Decoder(model).can_split_prefix
 
 
 def test_a_model_that_fails_with_a_prefix_runs_without(monkeypatch, caplog):
@@ -152,7 +172,7 @@ def test_a_model_that_fails_with_a_prefix_runs_without(monkeypatch, caplog):
 
     monkeypatch.setattr(decoder, "model", refuse)
     with caplog.at_level(logging.INFO, logger="lab.subjects.token_prefix"):
-        assert not decoder.takes_token_prefix
+        assert not decoder.can_split_prefix
     assert "no cache here" in caplog.text
 
 
@@ -161,22 +181,29 @@ def test_programs_of_other_modules_and_edits_take_none():
     executor = Executor(
         decoder, variants={"own": Variant(decoder.layers[0], 0)}, edits={"same": lambda states, batch: states}
     )
-    assert executor.takes_token_prefix([identity(N), skip(N, [1])])
-    assert not executor.takes_token_prefix([identity(N), replace(N, 0, "own")])
-    assert not executor.takes_token_prefix([identity(N), edit_before(N, 1, "same")])
-    assert not Executor(decoder, compiler="eager").takes_token_prefix([identity(N)])
+    assert executor.splits_prefix([identity(N), skip(N, [1])])
+    assert not executor.splits_prefix([identity(N), replace(N, 0, "own")])
+    assert not executor.splits_prefix([identity(N), edit_before(N, 1, "same")])
+    assert not Executor(decoder, compiler="eager").splits_prefix([identity(N)])
 
 
 def test_in_bfloat16_losses_stay_as_near_to_the_models_own_as_they_are():
     decoder = Decoder(tiny("llama").bfloat16())
-    assert decoder.takes_token_prefix
-    assert not Executor(decoder).takes_token_prefix([identity(N)])
+    assert decoder.can_split_prefix
+    assert not Executor(decoder).splits_prefix([identity(N)])
 
 
 def test_variants_and_edits_are_refused_where_a_prefix_is_apart(batch):
     executor = Executor(Decoder(tiny("llama")), edits={"same": lambda states, batch: states})
     with pytest.raises(ValueError, match="prefix of these texts is put apart"):
         final_states(executor, prefix_apart(batch), [identity(N), edit_before(N, 1, "same")])
+
+
+def test_the_same_texts_after_another_prefix_are_captured_anew(batch):
+    executor, apart = Executor(Decoder(tiny("llama"))), prefix_apart(batch)
+    other = dataclasses.replace(apart, prefix=apart.prefix.flip(0))
+    first, second = (final_states(executor, each, [identity(N)]) for each in (apart, other))
+    assert not torch.allclose(first, second, atol=1e-2)
 
 
 # ---- what is put apart
@@ -188,6 +215,8 @@ def test_nothing_that_is_read_lies_in_the_prefix(texts):
     assert len(prefix_apart(batch).prefix) == 3
     (batch,) = token_batches(texts, 1000)
     assert len(prefix_apart(batch, positions(batch, [[5]] * 3)).prefix) == 4
+    with pytest.raises(ValueError, match="before the batch's first position"):
+        positions(prefix_apart(batch), [[PREFIX]] * 3)
     assert len(prefix_apart(batch, positions(batch, [[]] * 3)).prefix) == PREFIX
 
 

@@ -86,11 +86,15 @@ def positions(batch: TokenBatch, targets: Sequence[Sequence[int]]) -> Positions:
     Args:
         batch: a batch of some texts.
         targets: for every text of the corpus (not only this batch's) indices of targets, each at least 1.
+
+    Raises:
+        ValueError: a target is predicted from within the batch's prefix, whose states nobody reads.
     """
     ids, first = batch.ids.tolist(), len(batch.prefix)  # all at once: every look at a device waits for what it is at
-    return _positions(
-        [(row, t - first - 1, ids[row][t - first]) for row, text in enumerate(batch.texts) for t in targets[text]]
-    )
+    wanted = [(row, t - first) for row, text in enumerate(batch.texts) for t in targets[text]]
+    if any(t < 1 for _, t in wanted):
+        raise ValueError("a target is predicted from before the batch's first position")
+    return _positions([(row, t - 1, ids[row][t]) for row, t in wanted])
 
 
 def prefix_apart(batch: TokenBatch, read: Positions | None = None) -> TokenBatch:

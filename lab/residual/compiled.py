@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -45,6 +44,11 @@ class Compiled:
         self.function = function
         self._compiled: Function | None = torch.compile(function, dynamic=True, backend=backend)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the compiler could not do it."""
+        return self._compiled is None
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from torch._dynamo.exc import TorchDynamoException  # takes a second to import, and most runs need none of it
 
@@ -60,26 +64,32 @@ class Compiled:
             return self.function(*args, **kwargs)
 
 
-#: by owner, then by layer and backend; an entry ends with its owner
+#: by owner, then by layer and backend; an entry ends with its owner, or when its layer is replaced
 _LAYERS: WeakKeyDictionary[Any, dict[tuple[int, str], Compiled]] = WeakKeyDictionary()
+_FUNCTIONS: dict[tuple[Function, str], Compiled] = {}
 
 
 def compiled_layers(owner: Any, layers: Sequence[nn.Module], backend: str) -> list[Compiled]:
-    """These layers of a decoder, compiled when they are called; the same for all who ask.
+    """These layers of a decoder, compiled when they are called; the same for all who ask until the compiler fails.
 
     Wrapping 36 layers takes 30 to 70 ms, and a sweep waits for it before the first one runs.
     """
-    kept = _LAYERS.setdefault(owner, {})
-    for layer in layers:
-        if (id(layer), backend) not in kept:
-            kept[id(layer), backend] = Compiled(layer, backend)
-    return [kept[id(layer), backend] for layer in layers]
+    before = _LAYERS.get(owner, {})
+    kept = {(id(layer), backend): _usable(before.get((id(layer), backend)), layer, backend) for layer in layers}
+    _LAYERS[owner] = kept
+    return list(kept.values())
 
 
-@cache
 def compiled_function(function: Function, backend: str) -> Compiled:
-    """A function of a module, compiled when it is called; the same for all who ask."""
-    return Compiled(function, backend)
+    """A function of a module, compiled when it is called; the same for all who ask until the compiler fails."""
+    found = _usable(_FUNCTIONS.get((function, backend)), function, backend)
+    _FUNCTIONS[function, backend] = found
+    return found
+
+
+def _usable(kept: Compiled | None, function: Function, backend: str) -> Compiled:
+    """What is kept, or a new one: every sweep tries the compiler again, and warns again."""
+    return kept if kept is not None and not kept.has_failed else Compiled(function, backend)
 
 
 def _has_hooks(function: Function) -> bool:

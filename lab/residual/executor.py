@@ -47,8 +47,8 @@ class Variant:
     """A module in the place of a decoder layer.
 
     Attributes:
-        module: called as a decoder layer is: hidden state [k * B, T, d] first, then the call arguments; returns the new
-            hidden state, or a tuple that begins with it.
+        module: called as a decoder layer is: hidden state [k * B, T, d] first, which it must not write to, then the
+            call arguments; returns the new hidden state, or a tuple that begins with it.
         layer: the layer whose call arguments it takes.
         calls: where they come from: None takes the model under study; `other.capture` of another
             `Decoder` gives a donor's layer the arguments that its own model would hand it.
@@ -142,7 +142,7 @@ class Executor:
         """States of the intact model [B, T, d], one at a time: depth 0 is before the first layer, L after the last."""
         captured = self.capture(batch)
         state = captured.entry
-        yield 0, captured.unpacked(state[None])[0]
+        yield 0, captured.unpacked(state[None])[0].clone()  # what was captured is kept for who asks next
         for index, layer in enumerate(self.decoder.layers):
             with torch.no_grad():
                 state = captured.apply(layer, state, index, 1)
@@ -150,23 +150,24 @@ class Executor:
 
     def intact(self, batch: TokenBatch) -> Tensor:
         """Final state of the intact model [B, T, d], before the final norm: the reference of KL and agreement."""
-        *_, (_, final) = self.trace(batch)
+        for _, state in self.trace(batch):
+            final = state  # one at a time is held
         return final
 
-    def takes_token_prefix(self, programs: Sequence[Program]) -> bool:
-        """Whether these programs may run with a common beginning of the texts put apart.
+    def splits_prefix(self, programs: Sequence[Program]) -> bool:
+        """Whether these programs are run with a common beginning of the texts put apart.
 
         They may on a CPU, where arithmetic is what takes the time (an accelerator would wait for twice the calls), if
         they apply the model's own layers and nothing else: a module in a layer's place may do without a cache, and an
         edit has positions of its own. Compiled layers would be compiled anew for it.
 
-        And they may in float32 only. Queries after a prefix need a mask, and with one another kernel attends. In
-        bfloat16 that one is as near to float32 (30 knockouts of SmolLM2 on 12 prompts: 0.010 nat, root of the mean
+        And they may in float32 or wider only. Queries after a prefix need a mask, and with one another kernel attends.
+        In bfloat16 that one is as near to float32 (30 knockouts of SmolLM2 on 12 prompts: 0.010 nat, root of the mean
         square; 0.008 without), but losses differ by 0.005 nat from the model's own forward, else by 0.0002.
         """
         if self.decoder.device.type != "cpu" or self.compiler is not None or self.decoder.dtype.itemsize < 4:
             return False
-        return self._planned(programs).is_own and self.decoder.takes_token_prefix
+        return self._planned(programs).is_own and self.decoder.can_split_prefix
 
     def capture(self, batch: TokenBatch) -> Captured | PrefixedCapture:
         """What the model hands to its layers for this batch; kept until another batch comes.

@@ -133,7 +133,7 @@ class ProgramLosses:
     def batches(self, sample: Sample, programs: Mapping[str, Program], user_words: bool) -> list[TokenBatch]:
         """The sample's texts in batches; a beginning that all texts of one share is put apart where that may be."""
         batches = token_batches(sample.texts, self.batch_tokens)
-        if not self.executor.takes_token_prefix(list(programs.values())):
+        if not self.executor.splits_prefix(list(programs.values())):
             return batches
         return [prefix_apart(batch, positions(batch, sample.user_targets) if user_words else None) for batch in batches]
 

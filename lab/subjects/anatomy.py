@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,6 +54,7 @@ class Decoder:
         self.unembedding: Head = self._dissect(possible_heads(self.model, self.config))
         self._recorded: dict[int, tuple[Tensor, Call]] = {}
         self._stand_ins = self._made_stand_ins()
+        self._tried: tuple[list[nn.Module], bool] | None = None
 
     @property
     def n_layers(self) -> int:
@@ -93,10 +93,15 @@ class Decoder:
         """Logits [..., V] of a residual stream [..., d] at any depth: the logit lens."""
         return self.head(self.final_norm(hidden))
 
-    @cached_property
-    def takes_token_prefix(self) -> bool:
-        """Whether a common beginning of texts may run apart from them, see `lab.subjects.token_prefix`."""
-        return token_prefix.agrees(self)
+    @property
+    def can_split_prefix(self) -> bool:
+        """Whether these layers give the same where a common beginning of texts runs apart from them.
+
+        Found out once for the layers that there are, see `lab.subjects.token_prefix`; hooks on them see its tokens.
+        """
+        if self._tried is None or self._tried[0] != self.layers:
+            self._tried = list(self.layers), token_prefix.agrees(self)
+        return self._tried[1]
 
     @torch.no_grad()
     def capture(self, ids: Tensor, arguments: Mapping[str, Any] | None = None) -> Captured:

@@ -75,22 +75,22 @@ def row_independent(call: Call, single: Call) -> Call:
 
 
 def may_depend_on_row(calls: Sequence[Call], rows: int) -> bool:
-    """Whether arguments captured for B rows may depend on the row: an axis has B entries, or a multiple.
+    """Whether arguments captured for B rows may depend on the row: an axis or a list has B entries, or a multiple.
 
     Multiples count, since other axes, such as the heads, may be folded into that of the rows.
     """
-    leaves = (leaf for call in calls for leaf in _leaves(call))
-    return rows > 1 and any(size % rows == 0 for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape)
+    return rows > 1 and any(size % rows == 0 for call in calls for leaf in call for size in _sizes(leaf))
 
 
-def _leaves(nested: Any) -> Iterator[Any]:
-    if isinstance(nested, dict):
-        nested = nested.values()
-    elif not isinstance(nested, (tuple, list)):
-        yield nested
-        return
-    for item in nested:
-        yield from _leaves(item)
+def _sizes(nested: Any) -> Iterator[int]:
+    """Lengths of the axes of tensors and of the lists in nested arguments."""
+    if isinstance(nested, Tensor):
+        yield from nested.shape
+    elif isinstance(nested, (tuple, list, dict)):
+        if nested and not isinstance(nested, dict):
+            yield len(nested)
+        for item in nested.values() if isinstance(nested, dict) else nested:
+            yield from _sizes(item)
 
 
 def _joined(many: Any, one: Any) -> Any:

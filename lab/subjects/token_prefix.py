@@ -83,7 +83,7 @@ def agrees(decoder: Decoder) -> bool:
 
     Layers that remember more than keys and values do not, nor do embeddings that depend on a text's length.
     """
-    if not _is_attention_alone(decoder.config):
+    if not is_attention_alone(decoder.config):
         return False
     try:
         return _differences_are_roundings(decoder)
@@ -92,7 +92,8 @@ def agrees(decoder: Decoder) -> bool:
         return False
 
 
-def _is_attention_alone(config: Any) -> bool:
+def is_attention_alone(config: Any) -> bool:
+    """Whether a configuration names nothing that a few tokens would not reveal: chunks, and rotations by length."""
     kinds = getattr(config, "layer_types", None) or ATTENTION
     return set(kinds) <= set(ATTENTION) and not set(_rotary_types(config)) & set(LENGTH_DEPENDENT)
 
