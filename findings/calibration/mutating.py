@@ -369,6 +369,7 @@ def carried_out(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             "-p",
             "no:cacheprovider",
             "--import-mode=importlib",
+            f"--rootdir={plan.root}",
             *(["-m", plan.marks] if plan.marks else []),
         ]
         status = pytest.main([*options, *plan.tests], plugins=[Suite(run)])

@@ -239,6 +239,15 @@ def test_results_find_their_programs(limit, monkeypatch):
     assert torch.equal(fetched["b"], torch.arange(8.0).reshape(4, 2)[expected, 0])
 
 
+def test_two_parts_are_both_there():
+    with pretended_device():
+        values, found = torch.tensor([5.0, 7.0], device="cuda"), Results(2)
+        found.add(nodes([1]), {"a": values[:1]})
+        found.add(nodes([0]), {"a": values[1:]})
+        fetched = found.fetch()["a"]
+    assert fetched.tolist() == [7, 5]
+
+
 def test_a_wrong_number_of_results_is_refused():
     with pytest.raises(ValueError, match="zip"):
         Results(2).add(nodes([0], [1]), {"a": torch.zeros(3)})

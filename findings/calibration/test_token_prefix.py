@@ -220,11 +220,26 @@ def test_nothing_that_is_read_lies_in_the_prefix(texts):
     assert len(prefix_apart(batch, positions(batch, [[]] * 3)).prefix) == PREFIX
 
 
+def test_every_row_keeps_a_token():
+    """Also where nothing is read: here the first row is the common beginning and one token more."""
+    texts = [TokenText(text.ids, ()) for text in texts_with_prefix(1, 4, 4)]
+    (batch,) = token_batches(texts, 1000)
+    apart = prefix_apart(batch)
+    assert len(apart.prefix) == PREFIX
+    assert apart.lengths.tolist() == [1, 4, 4]
+    (batch,) = token_batches(
+        [TokenText(text.ids[:length], ()) for text, length in zip(texts, (6, 10, 10), strict=True)], 1000
+    )
+    assert len(prefix_apart(batch).prefix) == PREFIX - 1
+
+
 def test_what_saves_little_stays():
     """One text has nothing to share, and a prefix of 2 tokens in 3 rows of 42 saves 4 tokens of 126."""
     for texts in (texts_with_prefix(9), texts_with_prefix(40, 40, 40, prefix=2)):
         (batch,) = token_batches(texts, 1000)
         assert prefix_apart(batch) is batch
+    (batch,) = token_batches(texts_with_prefix(8, 8, prefix=2), 1000)
+    assert len(prefix_apart(batch).prefix) == 2, "a tenth is enough"
 
 
 @given(st.lists(st.integers(2, 9), min_size=2, max_size=6), st.integers(0, 8))
