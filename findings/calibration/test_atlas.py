@@ -328,7 +328,7 @@ def test_the_same_snapshots_give_the_same_bytes(drawn_shelf: Path) -> None:
 
 
 def test_a_figure_says_which_conditions_it_leaves_out(atlas: dict[str, bytes]) -> None:
-    """It draws a subject once, under the condition that others share, or else the fullest."""
+    """It draws a subject once, under the condition that most subjects share."""
     conditions: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for address in all_addresses():
         conditions[address.experiment][address.subject].add(address.condition)
