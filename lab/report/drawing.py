@@ -51,6 +51,8 @@ __all__ = [
 WIDTH = 7.2  #: inches; a page's column, and two columns of a paper
 PANEL_HEIGHT = 2.6  #: inches
 DEPTH_LABEL = "relative depth [layer / number of layers]"
+#: So many names of bars stand side by side in half of a page; names up to this length do so in any number.
+UPRIGHT_NAMES, SHORT_NAME = 8, 4
 
 #: a property of the records by name, or a function of a record; only a named one has a band
 Quantity = str | Callable[[Any], xr.DataArray]
@@ -191,9 +193,21 @@ def bars(
         band = record.band(quantity) if isinstance(quantity, str) else None
         if band is not None:
             axes.vlines(places, band.sel(bound="low").values, band.sel(bound="high").values, color=INK, linewidth=1)
-    axes.set_xticks(range(len(groups)), [str(name).replace("_", "\n") for name in (names or groups)], fontsize=7)
+    _name_groups(axes, list(map(str, names or groups)))
     axes.grid(False, axis="x")
     return _labelled(axes, having, x_label, label)
+
+
+def _name_groups(axes: Axes, names: Sequence[str]) -> None:
+    """Names under their groups: upright and in lines, or slanted where many would run into each other."""
+    slanted = len(names) > UPRIGHT_NAMES and max(map(len, names)) > SHORT_NAME
+    if slanted:
+        axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=7)
+        axes.tick_params(axis="x", labelrotation=50)
+        for label in axes.get_xticklabels():
+            label.set(horizontalalignment="right", rotation_mode="anchor")
+    else:
+        axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=7)
 
 
 def heatmap(
