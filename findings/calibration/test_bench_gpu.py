@@ -9,12 +9,14 @@ compiles; the plain loop 51 s. In a profile the device was busy for 1.889 s, so 
 of 384 and 448 tokens, which are padded less, the sweep took 1.91 and 1.90 s, of 640 1.94, and without looking a batch
 ahead 1.96. All swaps took 23.8 s, the plain loop 475 s. On another H100, which took 55 s for the plain loop of
 knockouts, their sweep took 1.933, 1.933 and 1.938 s, all swaps 24.0 s. So the goal of 1.9 s is at the edge of what a
-card does, and this benchmark fails on the slower one.
+card does, and the slower one misses it.
 
 In bfloat16 the executor and the plain loop round differently, as compiled layers and stacked texts do. So both are
 compared with float32. Of single texts the executor's losses were off by 0.0034 nat (knockouts) and 0.0037 (swaps; roots
 of the mean square), by 0.017 and 0.020 at most, the plain loop's by 0.0040 and 0.0042, by 0.032 and 0.023 at most; of
-means over all tokens, the largest of 7 and 8, by 0.0008 and 0.0014, the plain loop's by 0.0005 and 0.0017.
+means over all tokens, the largest of 7 and 8, by 0.0008 and 0.0014, the plain loop's by 0.0005 and 0.0017. These means
+may differ by 0.001 between the two, and do by 0.0011 to 0.0013: the benchmark fails on that limit. It is less than what
+bfloat16 does to either, and is kept until somebody finds a better one than what was measured.
 
 The plain loop takes a layer out and runs each text alone; only every sixth layer is taken out here and its time
 scaled up, since the whole loop takes a minute.
@@ -45,6 +47,8 @@ from lab.subjects.tiny import tiny
 TOKENS, SCORED, PROMPTS, SWAP_PROMPTS = 6419, 4144, 50, 28
 STRIDE = 6
 KNOCKOUT_SECONDS, SWAP_SECONDS = 1.9, 40.0
+#: nat/token
+MEANS_DIFFER = 1e-3
 #: The executor's distance to float32 in multiples of the plain loop's. Over hundreds of texts and programs the two ways
 #: round alike; what is largest varies more.
 MORE_ROUNDING = {
@@ -127,8 +131,8 @@ def in_float32(qwen3_4b):
     return Decoder(copy.deepcopy(qwen3_4b.model).float())
 
 
-def require_no_more_rounding(benchmark, texts, found, plain, exact):
-    """Losses [program, prompt] of the executor lie as near to those in float32 as the plain loop's do."""
+def require_agreement(benchmark, texts, found, plain, exact):
+    """Losses [program, prompt] of the executor lie as near to those in float32 as the plain loop's do, and to these."""
     weights = texts.scored_tokens / texts.scored_tokens.sum()
     ours, theirs = found - exact, plain - exact
     rounding = {
@@ -144,6 +148,7 @@ def require_no_more_rounding(benchmark, texts, found, plain, exact):
     assert max(executor.values()) > 0, "nothing in bfloat16 is exact"
     for name, limit in MORE_ROUNDING.items():
         assert executor[name] <= limit * loop[name], name
+    assert rounding["between the two"]["means of programs, largest"] <= MEANS_DIFFER
 
 
 def test_the_sweeps_agree_with_the_plain_loop_on_any_device():
@@ -174,8 +179,8 @@ def test_knockout_sweep_of_a_4b_shape(benchmark, qwen3_4b, in_float32):
     benchmark.extra_info["seconds of the first sweep, which compiles"] = round(first, 1)
     benchmark.extra_info["seconds of the plain loop"] = round(seconds * len(every) / len(some), 1)
     chosen = found[[list(every).index(name) for name in some]]
-    require_no_more_rounding(benchmark, texts, chosen, expected, plain_loop(in_float32, texts, some))
     assert benchmark.stats.stats.min <= KNOCKOUT_SECONDS
+    require_agreement(benchmark, texts, chosen, expected, plain_loop(in_float32, texts, some))
 
 
 @pytest.mark.gpu
@@ -189,5 +194,5 @@ def test_swap_matrix_of_a_4b_shape(benchmark, qwen3_4b, in_float32):
     some = dict(list(programs.items())[::90])
     expected, seconds = timed(plain_loop, qwen3_4b, texts, some)
     benchmark.extra_info["seconds of the plain loop"] = round(seconds * len(programs) / len(some), 1)
-    require_no_more_rounding(benchmark, texts, found[::90], expected, plain_loop(in_float32, texts, some))
     assert benchmark.stats.stats.min <= SWAP_SECONDS
+    require_agreement(benchmark, texts, found[::90], expected, plain_loop(in_float32, texts, some))
