@@ -187,10 +187,57 @@ def test_programs_of_other_modules_and_edits_take_none():
     assert not Executor(decoder, compiler="eager").splits_prefix([identity(N)])
 
 
-def test_in_bfloat16_losses_stay_as_near_to_the_models_own_as_they_are():
-    decoder = Decoder(tiny("llama").bfloat16())
-    assert decoder.can_split_prefix
+class WithRounding(nn.Module):
+    """A layer that rounds otherwise where its input has another number of tokens, as kernels may."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden, *args, **kwargs):
+        output = self.layer(hidden, *args, **kwargs)
+        return output * (1 + torch.finfo(output.dtype).eps) if hidden.shape[1] == token_prefix.TILE else output
+
+
+def _splitting(model):
+    decoder = Decoder(model)
+    if not decoder.can_split_prefix:
+        pytest.skip(f"kernels of this processor round {decoder.dtype} otherwise where a prefix is apart")
+    return decoder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes_take_a_prefix_where_no_bit_differs(dtype):
+    """What is rounded in a prefix reaches all texts alike, so rounding is enough to take none there."""
+    decoder, wide = _splitting(tiny("llama").to(dtype)), Decoder(tiny("llama"))
+    assert Executor(decoder).splits_prefix([identity(N)])
+    for each in (decoder, wide):
+        each.layers[2] = WithRounding(each.layers[2])
     assert not Executor(decoder).splits_prefix([identity(N)])
+    assert Executor(wide).splits_prefix([identity(N)])
+
+
+@pytest.mark.parametrize("architecture", TAKING)
+def test_in_bfloat16_a_prefix_moves_no_bit(architecture):
+    """It is filled up to a tile there, with tokens that nothing sees."""
+    decoder = _splitting(tiny(architecture).bfloat16())
+    (batch,) = token_batches(texts_with_prefix(17, 30, 37, prefix=27), 1000)
+    apart = prefix_apart(batch)
+    assert len(apart.prefix) == 27
+    packed = Executor(decoder).capture(apart)
+    assert packed.entry.shape[1] == token_prefix.TILE + apart.ids.numel()
+    whole, found = (final_states(Executor(decoder), each, PROGRAMS) for each in (batch, apart))
+    for row, length in enumerate(apart.lengths):
+        assert torch.equal(found[:, row, :length], whole[:, row, 27 : 27 + length])
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33])
+def test_a_prefix_fills_whole_tiles_in_narrow_dtypes_alone(length):
+    prefix = torch.arange(1, 1 + length)
+    for dtype, filled in ((torch.float32, length), (torch.bfloat16, -(-length // 32) * 32)):
+        captured = token_prefix.capture(Decoder(tiny("llama").to(dtype)), torch.ones(2, 3, dtype=torch.int64), prefix)
+        assert captured.length == length
+        assert captured.prefix.entry.shape[1] == filled
 
 
 def test_variants_and_edits_are_refused_where_a_prefix_is_apart(batch):

@@ -34,8 +34,9 @@ Report = Callable[[float, float, str], None]
 #: Memory that a layer needs while it runs, in multiples of its input: normed copies in float32, queries, keys and
 #: values, and an MLP of up to 5.4 times the width (Qwen2.5-0.5B) with gate, value and product.
 ACTIVATIONS = 24
-#: Tokens per layer call on a CPU: enough to keep the cores busy, few enough for activations to stay in the cache.
-CPU_TOKENS = 2048
+#: Tokens per layer call on a CPU. A quarter of it does for texts as they are; a prefix apart makes a small call of its
+#: own, which takes half as long again per token for 2 states as for 8 (SmolLM2, two AVX2 cores).
+CPU_TOKENS = 8192
 #: On a CUDA device with memory for this many states per program, states that run on stay views of their block: copies
 #: took 44 ms and 11,328 launches of a knockout sweep of 2 s (a Qwen3-4B shape on an H200).
 ROOMY = 8
@@ -159,13 +160,10 @@ class Executor:
 
         They may on a CPU, where arithmetic is what takes the time (an accelerator would wait for twice the calls), if
         they apply the model's own layers and nothing else: a module in a layer's place may do without a cache, and an
-        edit has positions of its own. Compiled layers would be compiled anew for it.
-
-        And they may in float32 or wider only. Queries after a prefix need a mask, and with one another kernel attends.
-        In bfloat16 that one is as near to float32 (30 knockouts of SmolLM2 on 12 prompts: 0.010 nat, root of the mean
-        square; 0.008 without), but losses differ by 0.005 nat from the model's own forward, else by 0.0002.
+        edit has positions of its own. Compiled layers would be compiled anew for it. And the layers must give the same
+        so, see `lab.subjects.token_prefix`: in bfloat16 to the bit, where it was tried.
         """
-        if self.decoder.device.type != "cpu" or self.compiler is not None or self.decoder.dtype.itemsize < 4:
+        if self.decoder.device.type != "cpu" or self.compiler is not None:
             return False
         return self._planned(programs).is_own and self.decoder.can_split_prefix
 
