@@ -98,9 +98,8 @@ def norms_of(decoder: Decoder) -> Norms:
     captured = decoder.capture(ids)
     state, layers = captured.entry, []
     for index, layer in enumerate(decoder.layers):
-        args, kwargs = captured.call(index, 1)
         with _watching(layer) as calls, torch.no_grad():
-            state = hidden_of(layer(state, *args, **kwargs))
+            state = captured.apply(layer, state, index, 1)
         found = {**_block_norms(layer, index, calls), **_head_norms(layer, index, calls, tokens)}
         if not found:
             raise NotApplicable(f"layer {index} of {_name(decoder)} has no norm; T-15 studies what norms do")

@@ -15,7 +15,7 @@ from lab.normalization.sites import FINAL, Norm, Norms
 from lab.residual.executor import Variant
 from lab.residual.programs import Program, Step
 from lab.subjects.anatomy import Decoder
-from lab.subjects.calls import Captured, hidden_of
+from lab.subjects.calls import Captured
 
 #: what takes a norm's place
 Rule = Callable[[Norm], nn.Module]
@@ -92,8 +92,7 @@ def walk(
     captured = captured or decoder.capture(batch.ids)
     state = captured.entry
     for index in range(decoder.n_layers):
-        args, kwargs = captured.call(index, 1)
-        state = hidden_of(layer_of(index)(state, *args, **kwargs))
+        state = captured.apply(layer_of(index), state, index, 1)
         yield index, state
 
 

@@ -23,7 +23,6 @@ from lab.corpora.batches import TokenBatch, TokenText, token_batches
 from lab.normalization.surgery import real_positions
 from lab.quantization.layers import WithWeights, matrices
 from lab.subjects.anatomy import Decoder
-from lab.subjects.calls import Captured, hidden_of
 
 BATCH_TOKENS = 2048
 DAMPING = 0.01  #: of the Hessian's mean diagonal (Frantar et al. 2023, section 3.3)
@@ -101,11 +100,11 @@ def _layers(
         inputs: dict[str, list[Tensor]] = {path: [] for path in matrices(layer)}
         for batch, captured, state in zip(batches, calls, states, strict=True):
             with _watched(layer, batch, inputs):
-                _run(layer, state, captured, index)
+                captured.apply(layer, state, index, 1)
         with _unlogged():
             weights = {path: rounded(linear, inputs[path]) for path, linear in matrices(layer).items()}
         quantized = WithWeights(layer, {f"{path}.weight": weight for path, weight in weights.items()})
-        states = [_run(quantized, state, captured, index) for state, captured in zip(states, calls, strict=True)]
+        states = [captured.apply(quantized, state, index, 1) for state, captured in zip(states, calls, strict=True)]
         yield index, weights
 
 
@@ -114,11 +113,6 @@ def _library() -> Any:
 
     leftovers.remove_workspace()
     return gptq
-
-
-def _run(layer: Callable[..., Any], state: Tensor, captured: Captured, index: int) -> Tensor:
-    args, kwargs = captured.call(index, 1)
-    return hidden_of(layer(state, *args, **kwargs))
 
 
 @contextmanager
