@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import nn
 
-from lab.errors import UserError
+from lab.errors import NotApplicable, UserError
 from lab.experiments.layers.linearization_gap import EXPERIMENT, LinearizationGap, measure
 from lab.experiments.layers.measuring import linear_replacement
 from lab.residual.executor import Executor, Variant
@@ -110,6 +111,32 @@ def test_what_is_not_replaced_is_nan(linear):
     assert not {0, 4} & set(without.tolist())
     assert np.isnan(record.mean("spectral_norm").values[without]).all()
     assert np.isfinite(record.gap.values).all()
+
+
+def test_few_replaced_layers_do_not_speak_for_all(linear):
+    record, _ = linear
+    layers = xr.DataArray(np.arange(8.0), coords={"layer": np.arange(8)})
+    assert record.of_enough(layers) is layers
+    assert record.correlation(layers, -layers) == pytest.approx(-1)
+    for few in (layers[:7], layers[:0]):
+        with pytest.raises(NotApplicable, match=rf"{len(few)} layers were replaced .* 8 are needed"):
+            record.of_enough(few)
+        with pytest.raises(NotApplicable, match="8 are needed"):
+            record.correlation(layers, few)
+
+
+@pytest.mark.parametrize(("share", "is_smooth"), [(0.29, True), (0.31, False)])
+def test_noise_that_does_not_shrink_with_the_move_bars_the_gap(share, is_smooth):
+    """A curved layer's gap at a tenth of the move is a tenth; noise keeps it up. One such layer is enough."""
+    gaps = np.array([[0.1, 0.01], [0.1, 0.1 * share], [0.2, 0.02]])
+    coords = {"layer": np.arange(3), "eps": [0.05, 0.005]}
+    record = LinearizationGap(xr.Dataset({"perturbation_gap_by_eps": (("layer", "eps"), gaps)}, coords))
+    if is_smooth:
+        assert record.gap.values.tolist() == [0.1, 0.1, 0.2]
+        return
+    with pytest.raises(NotApplicable, match=r"noise rules the float32 gap of layers \[1\]"):
+        _ = record.gap
+    assert record.ungated_gap.values.tolist() == [0.1, 0.1, 0.2]
 
 
 # ---- the executor's side

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -302,6 +303,50 @@ def test_one_layer_that_carries_a_correlation_is_found():
     assert depth.pearson_of(x, y) > 0.8
     assert np.argmin(without) == 4
     assert abs(without[4]) < 0.4
+
+
+def partly_attending(queries, missing):
+    """A record of square matrices whose Q has these ratios in all layers but the missing ones."""
+    ratio = np.full((len(queries), len(MATRICES)), 0.5)
+    ratio[:, 0] = queries
+    ratio[missing, 0] = np.nan
+    coords = {"layer": np.arange(len(queries)), "matrix": list(MATRICES)}
+    sizes = {name: ("matrix", np.full(len(MATRICES), 100.0)) for name in ("rows", "columns")}
+    return WeightSpectra(xr.Dataset({"effective_rank": (("layer", "matrix"), 100 * ratio), **sizes}, coords))
+
+
+def test_zones_and_splits_count_layers_also_where_some_have_no_attention():
+    step = np.r_[np.full(6, 0.2), np.full(6, 0.5)]
+    for missing in ([], [0, 1, 2, 4], [7, 8]):
+        found = partly_attending(step, missing)
+        assert found.border == 6
+        assert float(found.zone_effects(["q_proj"])[0]) == pytest.approx(0.3)
+        assert found.split("q_proj") == (6, pytest.approx(1))
+
+
+def test_correlations_are_over_the_layers_that_both_profiles_have():
+    ratios = np.random.default_rng(3).uniform(0.2, 0.8, 12)
+    found = partly_attending(ratios, [0, 5, 6])
+    whole = xr.DataArray(ratios.round(1), coords={"layer": np.arange(12)})
+    kept = np.delete(np.arange(12), [0, 5, 6])
+    assert depth.spearman_of(found.mean_ratio, whole) == depth.spearman_of(ratios[kept], whole.values[kept])
+    assert depth.pearson_of(whole, found.mean_ratio) == depth.pearson_of(found.mean_ratio, whole)
+    assert depth.without_each(found.mean_ratio, whole, depth.pearson_of) == pytest.approx(
+        depth.without_each(ratios[kept], whole.values[kept], depth.pearson_of)
+    )
+    shifted = xr.DataArray(ratios, coords={"layer": np.arange(1, 13)})
+    assert depth.pearson_of(shifted, found.ratio.sel(matrix="k_proj") + ratios) == pytest.approx(1), "order, not labels"
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (1200, 300), (300, 1200)])
+def test_random_matrices_have_the_stable_share_of_their_shape(shape):
+    """A little more: their largest singular value stays below its limit, so none looks as if directions stood out."""
+    values = np.linalg.svd(np.random.default_rng(0).standard_normal(shape), compute_uv=False)
+    sizes = {name: ("matrix", [float(size)]) for name, size in zip(("rows", "columns"), shape, strict=True)}
+    record = WeightSpectra(xr.Dataset(sizes, {"matrix": ["q_proj"]}))
+    stable_rank = (values**2).sum() / values[0] ** 2
+    share = stable_rank / participation_ratio(values**2)
+    assert 1 < share / float(record.gaussian_stable_share[0]) < 1.05
 
 
 def test_p_values_are_scipys():

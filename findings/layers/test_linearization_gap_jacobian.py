@@ -68,8 +68,8 @@ def test_most_updates_shrink_perturbations(linearization_gap):
 def test_layers_are_near_the_identity(linearization_gap, layer):
     """Past layer 0 a layer leaves the size of random perturbations as it is, within 10 %: its updates contract.
 
-    The layer's derivative is I + J. A small |J u| does not make it contract: without a trace of J its gain is
-    sqrt(1 + |J u|^2), which is what published figures imply (1.12 to 1.29).
+    The layer's derivative is I + J. A small |J u| does not make it contract: without a trace of J its gain would be
+    sqrt(1 + |J u|^2), 1.12 to 1.29 for the published |J u|. The gain itself was not published.
     """
     if layer == 0:
         not_applicable("the source excepts layer 0")

@@ -41,8 +41,10 @@ def test_first_layer_is_a_matrix(linearization_gap):
 def test_first_layer_is_nearly_a_matrix(linearization_gap):
     """On prompts that were not fitted to, a matrix in the place of layer 0 recovers at least 90 %.
 
-    A share, of an enormous loss: the published 98.4 % still cost 0.14 nat per token on a baseline of 0.10.
+    A share, of an enormous loss: the published 98.4 %, fitted to most of the tokens that it is scored on, still cost
+    0.14 nat per token on a baseline of 0.10.
     """
+    linearization_gap.require_unseen()
     assert linearization_gap.of_replaced(linearization_gap.best_recovery, 0) >= 0.9
 
 
@@ -54,11 +56,12 @@ def test_fifteen_layers_are_linearizable(linearization_gap):
 
 @claim("T-7.19b", "corrected")
 def test_some_layers_are_linearizable(linearization_gap):
-    """Between a fifth and three fifths of the layers can be replaced at a recovery of at least 73 %.
+    """Between a fifth and three fifths of the layers that were replaced recover at least 73 %.
 
-    Published 15 of 36, pilot 9 of 30.
+    Of those whose absence costs at least 0.15 nat per token; published 15 of 36, pilot 9 of 30.
     """
-    assert 0.2 <= (linearization_gap.best_recovery >= 0.73).mean() <= 0.6
+    recovery = linearization_gap.of_enough(linearization_gap.best_recovery)
+    assert 0.2 <= (recovery >= 0.73).mean() <= 0.6
 
 
 @claim("T-7.22", "published", on=ORIGINAL)
@@ -77,15 +80,17 @@ def test_bands_of_recovery(linearization_gap, layer):
 @claim("T-7.22b", "published")
 def test_recovery_falls_with_depth(linearization_gap):
     """Recovery falls with depth: rank correlation below -0.5 (published: -0.66)."""
-    recovery = linearization_gap.best_recovery
+    recovery = linearization_gap.of_enough(linearization_gap.best_recovery)
     assert spearman(recovery, recovery["layer"]) < -0.5
 
 
 @claim("T-7.22c", "corrected")
 def test_early_layers_are_more_replaceable(linearization_gap):
     """The first 40 % of the layers recover at least 0.1 more than the rest, on average (0.80/0.60; pilot 0.66/0.51)."""
-    recovery = linearization_gap.best_recovery
+    recovery = linearization_gap.of_enough(linearization_gap.best_recovery)
     early = recovery["layer"] < 0.4 * linearization_gap.n_layers
+    if early.all() or not early.any():
+        not_applicable("no layers were replaced on one side of 40 % of the depth")
     assert recovery[early].mean() - recovery[~early].mean() >= 0.1
 
 
@@ -102,7 +107,7 @@ def test_layers_with_outliers_are_among_the_worst(linearization_gap):
 
     Enormous: the variance of the update exceeds the squared size of ordinary ones tenfold.
     """
-    recovery = linearization_gap.best_all_tokens_recovery
+    recovery = linearization_gap.of_enough(linearization_gap.best_all_tokens_recovery)
     factor = linearization_gap.outlier_factor.sel(layer=recovery["layer"])
     if (factor <= OUTLIERS).all():
         not_applicable("no replaced layer has outliers")
@@ -121,9 +126,7 @@ def test_paradox_of_the_first_layer(linearization_gap):
 @claim("T-7.28b", "corrected")
 def test_first_layer_is_the_most_replaceable(linearization_gap):
     """No layer recovers more than layer 0."""
-    recovery = linearization_gap.best_recovery
-    if recovery.isnull().all():
-        not_applicable("no layer was replaced that is worth anything to the loss")
+    recovery = linearization_gap.of_enough(linearization_gap.best_recovery)
     assert int(recovery.idxmax("layer")) == 0
 
 
@@ -163,6 +166,7 @@ def test_r2_does_not_predict_recovery(linearization_gap):
 @claim("T-7.20b", "corrected")
 def test_r2_predicts_recovery(linearization_gap):
     """R^2 predicts recovery, with the first position left out: rank correlation of at least 0.4 (pilot: 0.55)."""
+    linearization_gap.require_unseen()
     assert linearization_gap.correlation(linearization_gap.r2, linearization_gap.best_recovery) >= 0.4
 
 
@@ -242,8 +246,12 @@ def test_norming_the_input_ruins_layer_6(linearization_gap):
 
 @claim("T-7.24d", "corrected")
 def test_norming_the_input_hardly_matters(linearization_gap):
-    """A map of the normed stream recovers as much as one of the stream, within 0.05, in at least 70 % of the layers."""
-    assert (abs(linearization_gap.normalized_recovery - linearization_gap.recovery) <= 0.05).mean() >= 0.7
+    """A map of the normed stream recovers as much as one of the stream, within 0.05, in at least 70 % of the layers.
+
+    Of those that were replaced and whose absence costs at least 0.15 nat per token.
+    """
+    difference = linearization_gap.normalized_recovery - linearization_gap.recovery
+    assert (abs(linearization_gap.of_enough(difference)) <= 0.05).mean() >= 0.7
 
 
 @claim("T-7.29", "published")

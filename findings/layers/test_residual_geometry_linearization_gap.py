@@ -10,7 +10,7 @@ def test_low_dimension_resists_linear_replacement(residual_geometry, linearizati
 
     Published as ranges per region that its data do not show; 0.33 (p = 0.048) there.
     """
-    recovery = linearization_gap.best_recovery
+    recovery = linearization_gap.of_enough(linearization_gap.best_recovery)
     dimension = residual_geometry.after(residual_geometry.participation_ratio, recovery.layer)
     assert spearman(dimension, recovery.reset_coords(drop=True)) > 0.5
 
@@ -22,6 +22,6 @@ def test_low_robust_dimension_resists_linear_replacement(residual_geometry, line
     The raw one is ruled by single massive tokens, which also rule the fit of the replacement (T-7.20):
     a relation of the two may be theirs alone.
     """
-    recovery = linearization_gap.best_recovery
+    recovery = linearization_gap.of_enough(linearization_gap.best_recovery)
     dimension = residual_geometry.after(residual_geometry.robust_participation_ratio, recovery.layer)
     assert spearman(dimension, recovery.reset_coords(drop=True)) > 0.5

@@ -74,7 +74,9 @@ def test_exponents_lie_between_0_3_and_0_7(weight_spectra):
     exponents = weight_spectra.entries(weight_spectra.exponent)
     assert exponents.min() >= 0.3
     assert exponents.max() <= 0.7
-    assert weight_spectra.entries(weight_spectra.variable("power_law_r_squared")).min() >= 0.685
+    fits = weight_spectra.entries(weight_spectra.variable("power_law_r_squared"))
+    assert fits.min() >= 0.685
+    assert fits.max() <= 0.775
 
 
 @claim("T-9.10b", "corrected", on=ORIGINAL)
@@ -135,14 +137,14 @@ def test_stable_rank_is_a_fraction_of_the_effective_rank(weight_spectra):
 
 
 @claim("T-9.22b", "corrected")
-def test_stable_rank_is_below_half_of_the_effective_rank(weight_spectra):
-    """Mean stable rank is less than 60 % of the effective rank for every type: a few directions stand out.
+def test_stable_rank_is_a_smaller_share_than_in_random_matrices(weight_spectra):
+    """Mean stable rank is a smaller share of the effective rank than in random matrices, for every type.
 
-    Published means reach 36 %. Random matrices have 51 to 61 %, the more the further they are from square: at 60 % the
-    top direction stands out as in the flattest of these.
+    So a few directions stand out. Published means reach 36 %. Random matrices have 50 to 60 %, the more the further
+    they are from square, so each type is held against its own shape.
     """
-    shares = weight_spectra.type_means(weight_spectra.stable_share, weight_spectra.matrices)
-    assert shares.max() < 0.6
+    excess = weight_spectra.stable_share - weight_spectra.gaussian_stable_share
+    assert weight_spectra.type_means(excess, weight_spectra.matrices).max() < 0
 
 
 @claim("T-9.22c", "control", on=ORIGINAL)
@@ -221,12 +223,22 @@ def test_routing_reaches_90_percent_of_its_energy_earlier(weight_spectra):
     assert shares.sel(matrix="k_proj") < shares.sel(matrix="v_proj")
 
 
-@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("matrix", ROUTING)
 @claim("T-9.26", "published")
 def test_factorising_saves_parameters(weight_spectra, layer, matrix):
-    """Two factors that keep 90 % of the energy hold fewer parameters than the matrix.
+    """Two factors that keep 90 % of the energy of Q or K hold fewer parameters than the matrix.
 
-    Stated for Q and K. Loss in quality was never measured: 10 % of the energy is no small error.
+    Loss in quality was never measured: 10 % of the energy is no small error.
+    """
+    assert weight_spectra.entry(weight_spectra.factor_saving, layer, matrix) > 0
+
+
+@pytest.mark.parametrize("matrix", tuple(name for name in MATRICES if name not in ROUTING))
+@claim("T-9.26c", "hypothesis")
+def test_factorising_saves_parameters_of_other_matrices(weight_spectra, layer, matrix):
+    """Two factors that keep 90 % of the energy of V, O, gate, up or down hold fewer parameters than the matrix.
+
+    The source says it of Q and K alone. In its figures it holds of all seven, with 11 to 15 % to spare.
     """
     assert weight_spectra.entry(weight_spectra.factor_saving, layer, matrix) > 0
 

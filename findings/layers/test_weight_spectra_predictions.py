@@ -16,18 +16,20 @@ ORIGINAL = "qwen3-4b-instruct-2507"
 def test_rank_and_linearity_are_unrelated_in_ranks(weight_spectra, linearization_gap):
     """Mean rank and linearization gap are unrelated in ranks: |Spearman| below 0.4.
 
-    Published +0.06 with the first version of T-7's run. 0.4 is a little above the 5 % level of 30 layers.
+    The gap in float32: in the published setting most of it is rounding (T-7.4). Published +0.06 with the first version
+    of T-7's run, and -0.09 with the estimate without rounding. 0.4 is a little above the 5 % level of 30 layers.
     """
-    assert abs(spearman_of(weight_spectra.mean_ratio, linearization_gap.rounded_gap)) < 0.4
+    assert abs(spearman_of(weight_spectra.mean_ratio, linearization_gap.gap)) < 0.4
 
 
 @claim("T-9.32c", "hypothesis")
 def test_layers_of_high_rank_are_more_nonlinear_without_any_one_layer(weight_spectra, linearization_gap):
     """Layers of high rank are more nonlinear in ranks, whichever layer is left out. The agenda's hypothesis.
 
-    Without a threshold but the sign: it has not been decided.
+    Without a threshold but the sign: it has not been decided. The gap in float32, since rounding is no nonlinearity:
+    in the published setting the sign is the opposite one on SmolLM2 and Gemma.
     """
-    assert without_each(weight_spectra.mean_ratio, linearization_gap.rounded_gap, spearman_of).min() > 0
+    assert without_each(weight_spectra.mean_ratio, linearization_gap.gap, spearman_of).min() > 0
 
 
 @claim("T-9.33c", "corrected")
@@ -93,7 +95,7 @@ def test_low_rank_goes_with_damage_in_ranks(weight_spectra, quantization):
     """Low mean rank goes with damage by 2 bits in ranks: negative Spearman correlation, p below 0.05."""
     rho = spearman_of(weight_spectra.mean_ratio, quantization.damage(2))
     assert rho < 0
-    assert p_value_of(rho, weight_spectra.n_layers) < 0.05
+    assert p_value_of(rho, len(weight_spectra.mean_ratio)) < 0.05
 
 
 def worst(profile, count):

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 import scipy
+import xarray as xr
 
-Profile = np.ndarray  # or anything that numpy takes for one, such as a DataArray over `layer`
+Profile = np.ndarray | xr.DataArray
 
 
 def welch_p_value(profile: Profile, border: int) -> float:
@@ -70,15 +71,19 @@ def explained_by_split(profile: Profile, border: int) -> float:
 
 
 def pearson_of(x: Profile, y: Profile) -> float:
-    """Pearson's correlation of two profiles [n] in the same order, whatever their labels; NaN where one is constant."""
-    a, b = (np.asarray(values, dtype=float) - np.asarray(values, dtype=float).mean() for values in (x, y))
+    """Pearson's correlation of two profiles [n] in the same order, whatever their labels; NaN where one is constant.
+
+    Where one of two labelled profiles is shorter, as in models that have attention in some layers only, those layers
+    count that both have; so it is for the other functions of two profiles.
+    """
+    a, b = (values - values.mean() for values in _pair(x, y))
     scale = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / scale if scale > 0 else float("nan")
 
 
 def spearman_of(x: Profile, y: Profile) -> float:
     """Spearman's correlation of two profiles [n] in the same order, mid-ranks for ties."""
-    return pearson_of(scipy.stats.rankdata(np.asarray(x)), scipy.stats.rankdata(np.asarray(y)))
+    return pearson_of(*map(scipy.stats.rankdata, _pair(x, y)))
 
 
 def p_value_of(correlation: float, n: int) -> float:
@@ -91,5 +96,11 @@ def p_value_of(correlation: float, n: int) -> float:
 
 def without_each(x: Profile, y: Profile, correlate: Callable[[Profile, Profile], float]) -> np.ndarray:
     """The correlation of two profiles [n] without each layer in turn [n]."""
-    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    a, b = _pair(x, y)
     return np.array([correlate(np.delete(a, layer), np.delete(b, layer)) for layer in range(len(a))])
+
+
+def _pair(x: Profile, y: Profile) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(x, xr.DataArray) and isinstance(y, xr.DataArray) and len(x) != len(y):
+        x, y = xr.align(x, y, join="inner")
+    return np.asarray(x, dtype=float), np.asarray(y, dtype=float)

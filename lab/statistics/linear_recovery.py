@@ -13,6 +13,8 @@ from lab.statistics.ranks import spearman
 
 #: A layer whose absence costs less leaves a recovery that sampling noise rules (pilot: +-0.15 at 0.12 nat).
 LEAST_DAMAGE = 0.15
+#: Fewer replaced layers cannot speak for all of them: of 8 one chance correlation in 20 exceeds 0.74 in size.
+LEAST_LAYERS = 8
 #: Mean squared deviation over squared mean size beyond which a few tokens carry the variance; 0.35 to 1 is ordinary.
 OUTLIERS = 10
 
@@ -79,6 +81,14 @@ class LinearRecovery(Record):
         """The best recovery without an exact first position [replaced layer]; published figures know no other."""
         return self.best_recovery if self.has("recovery_best") else self.all_tokens_recovery
 
+    def require_unseen(self) -> None:
+        """Raise NotApplicable for published figures: maps of all positions, scored where they were fitted."""
+        if self.has("recovery_residual"):
+            raise NotApplicable(
+                f"the {self.source} record of {self.subject} holds no map with an exact first position that is scored "
+                "on prompts it was not fitted to"
+            )
+
     @cached_property
     def exact_first_gain(self) -> xr.DataArray:
         """What leaving the first position out of the fit, and keeping its output, adds to recovery [replaced layer].
@@ -86,8 +96,7 @@ class LinearRecovery(Record):
         Raises:
             NotApplicable: published figures know maps of all positions only.
         """
-        if self.has("recovery_residual"):
-            raise NotApplicable(f"the {self.source} record of {self.subject} holds no map with an exact first position")
+        self.require_unseen()
         return self.recovery - self.all_tokens_recovery
 
     @cached_property
@@ -130,11 +139,29 @@ class LinearRecovery(Record):
             raise NotApplicable(f"not replaced under this budget, or worth less than {LEAST_DAMAGE} nat per token")
         return float(quantity.sel(layer=layer))
 
+    @staticmethod
+    def of_enough(quantity: xr.DataArray) -> xr.DataArray:
+        """A quantity over replaced layers, for claims that speak of all of them.
+
+        Raises:
+            NotApplicable: there are fewer than `LEAST_LAYERS`.
+        """
+        if len(quantity) < LEAST_LAYERS:
+            raise NotApplicable(
+                f"{len(quantity)} layers were replaced whose absence costs {LEAST_DAMAGE} nat per token or more; "
+                f"{LEAST_LAYERS} are needed"
+            )
+        return quantity
+
     def at_replaced(self, quantity: xr.DataArray) -> xr.DataArray:
         """A quantity of all layers at the replaced ones."""
         return quantity.sel(layer=self.recovery["layer"])
 
     def correlation(self, quantity: xr.DataArray, recovery: xr.DataArray) -> float:
-        """Spearman's correlation over the layers that both arrays hold."""
-        both = np.intersect1d(quantity["layer"], recovery["layer"])
+        """Spearman's correlation over the layers that both arrays hold.
+
+        Raises:
+            NotApplicable: too few layers, see `of_enough`.
+        """
+        both = np.intersect1d(quantity["layer"], self.of_enough(recovery)["layer"])
         return spearman(quantity.sel(layer=both), recovery.sel(layer=both))

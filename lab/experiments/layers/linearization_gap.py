@@ -15,7 +15,8 @@ The quick budget reads 7 prompts of 20 tokens and 3 directions instead of 48 pro
 a gap's standard error is then about 2 %, and the share of prompts in its variance is poorly known. Singular values are
 iterated at 3 tokens. It replaces every third layer, the second, the last and the one with the largest outliers, and
 scores 10 prompts of 20 tokens: the interval of a recovery is then some 0.5 wide where a layer is worth 0.2 nat and
-0.05 where it is worth 5, and correlations over layers rest on 9 to 13 of them.
+0.05 where it is worth 5, and correlations over layers rest on 9 to 13 of them. In Qwen2.5-0.5B only 3 are worth enough
+(0.15 nat): claims about all layers need 8, and do not apply there.
 """
 
 from __future__ import annotations
@@ -187,12 +188,10 @@ class LinearizationGap(LinearRecovery):
     def layer_gain(self) -> xr.DataArray:
         """Root mean square of |(I + J) u| over random unit u [layer]: what the whole layer makes of a perturbation.
 
-        Published figures hold |J u| only; sqrt(1 + |J u|^2) is what follows if J has no trace, and a lower bound if
-        its trace is positive.
+        Published figures hold |J u| only, from which sqrt(1 + |J u|^2) would follow if J had no trace. It has one: the
+        gains of SmolLM2 and Qwen2.5-0.5B lie below that in all layers but one.
         """
-        measured = self.has("layer_gain_squared")
-        squared = self.mean("layer_gain_squared") if measured else 1 + self.mean("mean_amplification") ** 2
-        return squared**0.5
+        return self.mean("layer_gain_squared") ** 0.5
 
     @cached_property
     def consistency(self) -> xr.DataArray:
@@ -288,7 +287,7 @@ TOLERANCES = {
     "normalized_loss": _MAPPED,
     "all_tokens_loss": _MAPPED,
     "low_rank_loss": _MAPPED,
-    "ridge_penalty": Tolerance(3, 0, "a choice on a grid, often between near ties"),
+    "ridge_penalty": Tolerance(9, 0, "a choice on a grid, often between near ties; its steps are up to tenfold"),
     "rank95": Tolerance(0.02, 2, "a count of directions"),
     "participation_ratio": Tolerance(0.05, 0.5, "massive activations are rounded coarsely"),
     f"effective_rank_top{TOP}": Tolerance(0, 1, "a count of directions"),

@@ -225,6 +225,16 @@ class WeightSpectra(Record):
         return self.variable("stable_rank") / self.effective_rank
 
     @cached_property
+    def gaussian_stable_share(self) -> xr.DataArray:
+        """What a large random matrix of each shape would have: its s_1 is sqrt(m) + sqrt(n) (Bai and Yin 1993).
+
+        Smaller ones have a little more: s_1 reaches that from below.
+        """
+        rows, columns = self.variable("rows"), self.variable("columns")
+        stable_rank = rows * columns / (rows**0.5 + columns**0.5) ** 2
+        return stable_rank / (self.gaussian_ratio * self.max_rank)
+
+    @cached_property
     def condition_number(self) -> xr.DataArray:
         """s_1 over the smallest singular value [layer, matrix]."""
         return self.variable("condition_number")
@@ -269,7 +279,8 @@ class WeightSpectra(Record):
     def zone_effects(self, names: Sequence[str] = MATRICES) -> xr.DataArray:
         """Mean ratio of the late zone minus that of the layers before it [matrix]."""
         self.require(*names)
-        effects = [zone_difference(self.of(self.ratio, name).values, self.border) for name in names]
+        profiles = [self.of(self.ratio, name) for name in names]
+        effects = [zone_difference(each.values, int((each["layer"] < self.border).sum())) for each in profiles]
         return xr.DataArray(effects, dims="matrix", coords={"matrix": list(names)})
 
     def depth_correlation(self, name: str) -> float:
@@ -278,8 +289,10 @@ class WeightSpectra(Record):
         return spearman_of(profile.values, profile["layer"].values)
 
     def split(self, name: str) -> tuple[int, float]:
-        """Where two constant segments fit a matrix's ratio best, and the variance they explain; see `best_split`."""
-        return best_split(self.of(self.ratio, name).values)
+        """First layer of the second of two constants that fit a matrix's ratio best, and the variance they explain."""
+        profile = self.of(self.ratio, name)
+        place, explained = best_split(profile.values)
+        return int(profile["layer"][place]), explained
 
     def extremes(self, quantity: xr.DataArray, count: int) -> list[tuple[int, str]]:
         """(layer, matrix) of the `count` smallest entries, the smallest first."""
