@@ -96,20 +96,25 @@ def test_a_layer_that_costs_just_enough_counts():
 
 def test_published_figures_are_taken_as_they_are():
     """They rest on many tokens: every layer counts that was replaced; and they know maps of all positions only."""
+    recovery, r2 = np.linspace(0.2, 0.9, 9), np.linspace(0.6, 0.8, 9)
+    recovery[1] = np.nan
     data = xr.Dataset(
         {
-            "knockout_loss_delta": variable("layer", [0.01, np.nan, 1.0], "nat/token", "made up"),
-            "recovery_residual": variable("layer", [0.2, np.nan, 0.5], "fraction", "made up"),
-            "r2_residual": variable("layer", [0.6, 0.7, 0.8], "fraction", "made up"),
+            "knockout_loss_delta": variable(
+                "layer", np.where(np.isnan(recovery), np.nan, 0.01), "nat/token", "made up"
+            ),
+            "recovery_residual": variable("layer", recovery, "fraction", "made up"),
+            "r2_residual": variable("layer", r2, "fraction", "made up"),
         },
-        {"layer": [0, 1, 2]},
+        {"layer": np.arange(9)},
         {"subject": "made-up", "source": "published", "condition": "published"},
     )
     record = LinearRecovery(data)
-    assert record.recovery["layer"].values.tolist() == [0, 2]
-    assert record.all_tokens_recovery.values.tolist() == [0.2, 0.5]
-    assert record.r2.values.tolist() == [0.6, 0.7, 0.8]
-    with pytest.raises(NotApplicable, match="no map with an exact first position"):
-        _ = record.exact_first_gain
-    # Spearman over the two layers that both hold
+    assert record.recovery["layer"].values.tolist() == [0, 2, 3, 4, 5, 6, 7, 8]
+    assert record.all_tokens_recovery.values.tolist() == np.delete(recovery, 1).tolist()
+    assert record.r2.values.tolist() == r2.tolist()
+    for asked in (lambda: record.exact_first_gain, record.require_unseen):
+        with pytest.raises(NotApplicable, match="no map with an exact first position that is scored on prompts"):
+            asked()
+    # Spearman over the eight layers that both hold
     assert record.correlation(record.all_tokens_r2, record.recovery) == pytest.approx(1)

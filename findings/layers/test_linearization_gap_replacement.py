@@ -118,9 +118,9 @@ def test_layers_with_outliers_are_among_the_worst(linearization_gap):
 @claim("T-7.28", "published")
 def test_paradox_of_the_first_layer(linearization_gap):
     """Layer 0 is a paradox: the second largest local gap, in the published setting, and the best recovery."""
-    gap = linearization_gap.rounded_gap
+    gap, recovery = linearization_gap.rounded_gap, linearization_gap.of_enough(linearization_gap.best_recovery)
     assert (gap > gap.sel(layer=0)).sum() == 1
-    assert int(linearization_gap.best_recovery.idxmax("layer")) == 0
+    assert int(recovery.idxmax("layer")) == 0
 
 
 @claim("T-7.28b", "corrected")

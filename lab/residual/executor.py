@@ -161,7 +161,8 @@ class Executor:
         They may on a CPU, where arithmetic is what takes the time (an accelerator would wait for twice the calls), if
         they apply the model's own layers and nothing else: a module in a layer's place may do without a cache, and an
         edit has positions of its own. Compiled layers would be compiled anew for it. And the layers must give the same
-        so, see `lab.subjects.token_prefix`: in bfloat16 to the bit, where it was tried.
+        so, see `lab.subjects.token_prefix`: in bfloat16 to the bit where it is tried, which leaves roundings
+        in texts of other lengths.
         """
         if self.decoder.device.type != "cpu" or self.compiler is not None:
             return False

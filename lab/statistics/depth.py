@@ -74,7 +74,7 @@ def pearson_of(x: Profile, y: Profile) -> float:
     """Pearson's correlation of two profiles [n] in the same order, whatever their labels; NaN where one is constant.
 
     Where one of two labelled profiles is shorter, as in models that have attention in some layers only, those layers
-    count that both have; so it is for the other functions of two profiles.
+    count that both have; so it is for `spearman_of` and `without_each`.
     """
     a, b = (values - values.mean() for values in _pair(x, y))
     scale = float(np.sqrt((a @ a) * (b @ b)))

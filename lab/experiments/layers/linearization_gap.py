@@ -188,8 +188,8 @@ class LinearizationGap(LinearRecovery):
     def layer_gain(self) -> xr.DataArray:
         """Root mean square of |(I + J) u| over random unit u [layer]: what the whole layer makes of a perturbation.
 
-        Published figures hold |J u| only, from which sqrt(1 + |J u|^2) would follow if J had no trace. It has one: the
-        gains of SmolLM2 and Qwen2.5-0.5B lie below that in all layers but one.
+        Published figures hold |J u| only, from which sqrt(1 + |J u|^2) would follow if J had no trace. It has one: past
+        layer 0 the gains of SmolLM2 and Qwen2.5-0.5B lie below that in all layers but one, those of Gemma above it.
         """
         return self.mean("layer_gain_squared") ** 0.5
 
