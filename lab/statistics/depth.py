@@ -34,19 +34,8 @@ def zone_shift_p_value(profile: Profile, border: int) -> float:
     """
     values = np.asarray(profile, dtype=float)
     null = np.array([abs(zone_difference(np.roll(values, shift), border)) for shift in range(len(values))])
-    return _share_reached(abs(zone_difference(values, border)), null)
-
-
-def correlation_shift_p_value(x: Profile, y: Profile, correlate: Callable[[Profile, Profile], float]) -> float:
-    """Share of the n circular shifts of x [n] that correlate with y as much, either way, as the given one."""
-    values = np.asarray(x, dtype=float)
-    null = np.array([abs(correlate(np.roll(values, shift), y)) for shift in range(len(values))])
-    return _share_reached(abs(correlate(values, y)), null)
-
-
-def _share_reached(given: float, null: np.ndarray) -> float:
     # The shift by nothing is one of them, so the share is never 0.
-    return float((null >= given - 1e-12).mean())
+    return float((null >= null[0] - 1e-12).mean())
 
 
 def best_split(profile: Profile, shortest: int = 2) -> tuple[int, float]:

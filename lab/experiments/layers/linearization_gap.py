@@ -287,7 +287,7 @@ TOLERANCES = {
     "normalized_loss": _MAPPED,
     "all_tokens_loss": _MAPPED,
     "low_rank_loss": _MAPPED,
-    "ridge_penalty": Tolerance(9, 0, "a choice on a grid, often between near ties; its steps are up to tenfold"),
+    "ridge_penalty": Tolerance(3, 0, "a choice on a grid, often between near ties"),
     "rank95": Tolerance(0.02, 2, "a count of directions"),
     "participation_ratio": Tolerance(0.05, 0.5, "massive activations are rounded coarsely"),
     f"effective_rank_top{TOP}": Tolerance(0, 1, "a count of directions"),
