@@ -34,9 +34,8 @@ Report = Callable[[float, float, str], None]
 #: Memory that a layer needs while it runs, in multiples of its input: normed copies in float32, queries, keys and
 #: values, and an MLP of up to 5.4 times the width (Qwen2.5-0.5B) with gate, value and product.
 ACTIVATIONS = 24
-#: Tokens per layer call on a CPU. A quarter of it does for texts as they are; a prefix apart makes a small call of its
-#: own, which takes half as long again per token for 2 states as for 8 (SmolLM2, two AVX2 cores).
-CPU_TOKENS = 8192
+#: Tokens per layer call on a CPU: enough to keep the cores busy, few enough for activations to stay in the cache.
+CPU_TOKENS = 2048
 #: On a CUDA device with memory for this many states per program, states that run on stay views of their block: copies
 #: took 44 ms and 11,328 launches of a knockout sweep of 2 s (a Qwen3-4B shape on an H200).
 ROOMY = 8

@@ -10,9 +10,10 @@ from lab.residual.compiled import compiled_function
 from lab.subjects.anatomy import Decoder
 from lab.subjects.head import Head
 
-#: Logits at a time. On a CPU 256 rows of SmolLM2's vocabulary, which take 0.54 ms a row (product, rounding, softmax, on
-#: two AVX2 cores); 128 and 512 take 0.61 and 0.62. Accelerators have the memory, and need it to be busy.
-CPU_CHUNK_LOGITS = 256 * 49_152
+#: Logits at a time. On a CPU 128 rows of SmolLM2's vocabulary: 256 rows take no less time in a sweep and 106 MB more,
+#: with 64 the product with the vocabulary matrix takes a fifth longer. Accelerators have the memory, and need it to be
+#: busy.
+CPU_CHUNK_LOGITS = 128 * 49_152
 ACCELERATOR_CHUNK_LOGITS = 2**27
 MIN_CHUNK_ROWS = 32
 #: Rows of logits that are normalized at a time on a CPU. An accelerator would wait for its launches, and holds a second
