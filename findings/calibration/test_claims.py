@@ -330,6 +330,39 @@ def test_what_cannot_be_resampled_has_no_support():
     assert support(Predicate(below_two), {"record": published}) is None
 
 
+def sizes_and_losses():
+    return Losses(losses([1.0, 1.0, 4.0, 4.0]).data.assign(size=3.0, layer_size=("layer", [2.0, 3.0])))
+
+
+def test_what_was_not_sampled_has_no_support():
+    def rests_on_sizes(record):
+        assert record.mean("size") > 2
+        assert record.mean("layer_size").max() <= record.data["size"]
+
+    def refuted_on_sizes(record):
+        assert record.mean("size") > 3
+
+    arguments = {"record": sizes_and_losses()}
+    assert support(Predicate(rests_on_sizes), arguments) is None
+    assert support(Predicate(refuted_on_sizes), arguments) is None
+
+
+@pytest.mark.parametrize("least", [1, 3])
+def test_a_claim_that_rests_on_samples_too_has_support(least):
+    def rests_on_both(record):
+        assert record.mean("size") >= least
+        assert record.loss < least + 1.6
+
+    assert 0 < support(Predicate(rests_on_both), {"record": sizes_and_losses()}) <= 1
+
+
+def test_what_stands_in_for_a_missing_sample_is_another_quantity():
+    def another_without_losses(record):
+        assert (record.loss if record.has("loss") else record.mean("size")) < 3.1
+
+    assert 0.5 < support(Predicate(another_without_losses), {"record": sizes_and_losses()}) < 1
+
+
 def test_an_inapplicable_resample_does_not_count_as_holding():
     def needs_the_outlier(record):
         if record.loss < 1.5:
