@@ -11,6 +11,7 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
+import torch
 
 from lab.corpora.corpus import load_corpus
 from lab.experiments.layers.layer_knockout import EXPERIMENT
@@ -19,6 +20,7 @@ from lab.residual.plain import plain_losses
 from lab.residual.programs import identity, skip
 from lab.residual.sweeps import ProgramLosses, sample, token_mean
 from lab.store import Sweep
+from lab.subjects.products import is_native
 
 pytestmark = [pytest.mark.benchmark(group="knockout sweep of all layers, 50 prompts")]
 
@@ -60,7 +62,10 @@ def test_knockout_sweep(benchmark, smollm2, texts, losses, way):
     found = benchmark.pedantic(way, (smollm2, texts), rounds=1, warmup_rounds=0)
     losses[way] = token_mean(found, texts.scored_tokens)
     if len(losses) == 2:
-        assert np.abs(losses[executor_sweep] - losses[plain_loop]).max() <= 1e-3
+        # Native kernels round a row by what stands beside it in the batch: on three prompts (268 tokens) both ways lay
+        # as far from float32 as from one another, by up to 1.1 % of a loss. Wide products do not.
+        limits = {"rtol": 0.01, "atol": 0} if is_native(torch.bfloat16) else {"rtol": 0, "atol": 1e-3}
+        np.testing.assert_allclose(losses[executor_sweep], losses[plain_loop], **limits)
 
 
 #: run apart, so that nothing but model and sweep is in memory; clear_refs resets the peak that Linux keeps

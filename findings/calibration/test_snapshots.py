@@ -76,6 +76,38 @@ def test_a_move_says_where_from_to_percent_and_share_of_the_tolerance():
     ]
 
 
+@pytest.fixture
+def logarithmic(monkeypatch):
+    growing = Tolerance(0.01, 0.2, "a factor per layer", logarithmic=True)
+    toy = Experiment("X-1", "Toy", "?", Record, xr.Dataset, {}, {"": growing})
+    monkeypatch.setattr(experiments, "experiment", lambda name: toy)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "share"),
+    [
+        (1e32, 2e32, None),  # ln 2 of 0.2 + 0.01 ln 1e32 = 0.937
+        (1e32, 3e32, np.log(3) / (0.2 + 0.01 * np.log(1e32))),
+        (1e-32, 3e-32, np.log(3) / (0.2 + 0.01 * np.log(1e32))),
+        (1.0, 1.2, None),
+        (1.0, 1.25, np.log(1.25) / 0.2),
+        (1.0, float("inf"), float("inf")),
+        (float("inf"), float("inf"), None),
+        (0.0, 0.0, None),
+        (0.0, 1e-9, float("inf")),
+        (1.0, -1.0, float("inf")),
+    ],
+)
+def test_what_grows_by_factors_is_held_by_its_logarithm(logarithmic, before, after, share):
+    found = drift.moves(numbers.of_record(record(before)), numbers.of_record(record(after)))
+    assert [move.share for move in found] == ([] if share is None else [pytest.approx(share)])
+
+
+def test_a_tolerance_of_logarithms_says_so(logarithmic):
+    found = drift.moves(numbers.of_record(record(1.0)), numbers.of_record(record(2.0)))
+    assert drift.allowances("toy", found) == ["tolerance of loss: 1 % + 0.2 of the logarithm (a factor per layer)"]
+
+
 def test_nan_equals_nan_and_nothing_else():
     nan = float("nan")
     assert moves(record(nan), record(nan)) == []

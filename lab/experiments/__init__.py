@@ -24,11 +24,19 @@ Measure = Callable[..., xr.Dataset]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a recorded number may move before it counts as drift: |a - b| <= absolute + relative |b|."""
+    """How far a recorded number may move before it counts as drift: |a - b| <= absolute + relative |b|.
+
+    Attributes:
+        relative, absolute: the two parts.
+        reason: where they come from.
+        logarithmic: a and b stand for the logarithms of the numbers, all positive: for what grows from layer to layer
+            by a factor, whose error grows likewise.
+    """
 
     relative: float
     absolute: float
     reason: str
+    logarithmic: bool = False
 
 
 @dataclass(frozen=True)

@@ -353,7 +353,9 @@ _ANGLE = Tolerance(0.02, 0.02, _ROUNDING.format("it by 0.007") + "; deeper model
 TOLERANCES = {
     "": Tolerance(0.02, 0.005, _ROUNDING.format("figures by up to 2 %, or 0.004")),
     "participation_ratio": _FEW_TOKENS,
-    "participation_ratio_trimmed": _FEW_TOKENS,
+    "participation_ratio_trimmed": Tolerance(
+        0.15, 0.01, "a token whose norm lies at the limit is in or out: one less moved it by 8 % (AMX against AVX2)"
+    ),
     "top1_as_single_token": _FEW_TOKENS,
     "final_projection_signed": Tolerance(0.03, 0.02, _ROUNDING.format("it by 2 %")),
     "update_alignment": _ANGLE,
