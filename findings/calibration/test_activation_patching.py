@@ -83,7 +83,26 @@ def test_a_moving_layer_is_the_bottleneck_and_the_handover(layer):
     assert np.allclose(record.update_recovery, np.arange(LAYERS) == layer, atol=1e-3)
     assert np.allclose(record.update_damage, np.arange(LAYERS) == layer, atol=1e-3)
     assert record.causal_bottleneck_layer == layer
+    assert record.handover_layer == layer
     assert record.handover_depth == layer / LAYERS
+
+
+def test_bottleneck_and_handover_of_known_recoveries():
+    """Layer 0 restores most and layer 2 most of the rest; the last position leads after layer 1, and from 3 on."""
+    last, span = [0.1, 0.6, 0.2, 0.9], [0.9, 0.5, 0.5, 0.1]
+    data = {
+        "clean_preference": ((), 1.0),
+        "corrupted_preference": ((), 0.0),
+        "update_patched_preference": ("layer", [1.0, 0.2, 0.6, 0.5]),
+        "residual_patched_preference": (("position", "layer"), [span, last]),
+    }
+    coords = {"position": ["span", "last"], "layer": np.arange(4)}
+    record = ActivationPatching(xr.Dataset(data, coords, {"subject": "tiny", "source": "measured"}))
+    assert (record.causal_bottleneck_layer, record.later_bottleneck_layer) == (0, 2)
+    assert (record.handover_layer, record.handover_depth) == (1, 0.25)
+    never = ActivationPatching(record.data.assign(residual_patched_preference=(("position", "layer"), [span, [0] * 4])))
+    assert np.isnan(never.handover_layer)
+    assert np.isnan(never.handover_depth)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "gpt2", "falcon_h1"])

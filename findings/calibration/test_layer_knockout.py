@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -177,6 +178,50 @@ def test_norms_and_largest_entries_are_those_of_the_models_own_hidden_states(mod
     start, stop = len(corpus.texts[0].prompt_ids) - 1, -1
     expected = float(first[start:stop].norm(dim=-1).mean())
     assert float(record.variable("input_norm").sel(layer=0, prompt=0)) == pytest.approx(expected, rel=1e-5)
+
+
+MEASURED = {"subject": "tiny", "source": "measured", "condition": "full-float32"}
+
+
+def test_no_prompt_stands_in_both_halves_of_a_resample():
+    """Only prompt i suffers without layer i, so the profile of a half tells which prompts are in it."""
+    prompts = 12
+    data = {
+        "scored_tokens": ("prompt", np.ones(prompts)),
+        "baseline_loss": ("prompt", np.zeros(prompts)),
+        "knockout_loss": (("layer", "prompt"), np.eye(prompts)),
+    }
+    record = LayerKnockout(xr.Dataset(data, {"layer": np.arange(prompts)}, MEASURED))
+    even = np.arange(prompts) % 2 == 0
+    for drawn in [record, *record.resamples[:100]]:
+        first, second = (profile.values > 0 for profile in drawn.half_profiles)
+        assert not (first & second).any()
+        assert not first[~even].any()
+        assert not second[even].any()
+        assert ((first | second) == (drawn.knockout_loss.values > 0)).all()
+
+
+def test_removable_layers_are_counted_along_the_path():
+    """Losses of 1, 1.5, 2 and 4 on completions: two layers within twice the intact loss; three on the user's words."""
+    data = {
+        "pair_scored_tokens": ("pair_prompt", [1.0]),
+        "pair_text_tokens": ("pair_prompt", [1.0]),
+        "pruning_loss": (("step", "pair_prompt"), [[1.0], [1.5], [2.0], [4.0]]),
+        "text_pruning_loss": (("step", "pair_prompt"), [[3.0], [3.0], [5.0], [6.0]], {"weights": "pair_text_tokens"}),
+    }
+    record = LayerKnockout(xr.Dataset(data, {"step": np.arange(4)}, MEASURED))
+    assert record.removals == 3
+    assert record.max_removable(ratio=2) == 2
+    assert record.max_removable(ratio=1.99) == 1
+    assert record.max_removable(ratio=2, text=True) == 3
+    assert record.max_removable(ratio=1, text=True) == 1
+
+
+def test_near_the_ends_the_contrast_is_to_fewer_neighbours():
+    """Damages 1, 2, 4, 8, 16: the last layer's over the median of 4 and 8, the second's over that of 1, 4 and 8."""
+    data = {"baseline_loss": ((), 0.0), "knockout_loss": ("layer", [1.0, 2.0, 4.0, 8.0, 16.0])}
+    contrast = LayerKnockout(xr.Dataset(data, {"layer": np.arange(5)}, MEASURED)).neighbour_contrast
+    np.testing.assert_allclose(contrast, [np.nan, 2 / 4, 4 / 5, 8 / 4, 16 / 6])
 
 
 @settings(max_examples=10, deadline=None)

@@ -18,7 +18,7 @@ from lab.experiments.layers.logit_lens import Budget, LogitLens, measure
 from lab.records import Record
 from lab.residual.lens import Lens
 from lab.residual.lens_readings import update_similarity
-from lab.statistics.lens_figures import _matched_difference, lens_figures
+from lab.statistics.lens_figures import Tokens, _matched_difference, _surprisal_figures, lens_figures
 from lab.store import Sweep
 from lab.subjects.anatomy import Decoder
 from lab.subjects.tiny import ARCHITECTURES, LAYERS, VOCABULARY, tiny
@@ -317,3 +317,25 @@ def test_differences_at_equal_surprisal_do_not_see_what_surprisal_explains():
     assert values[group].mean() - values[~group].mean() > 20
     assert _matched_difference(values, group, surprisal) == pytest.approx(3)
     assert math.isnan(_matched_difference(values[:0], group[:0], surprisal[:0]))
+
+
+@pytest.mark.parametrize("function_words", [0, 40, 400])
+def test_numbers_are_matched_with_content_words_alone(function_words):
+    """Numbers crystallize at slot 5 and content words of the same surprisals at 2; function words change nothing."""
+    crystallized = {"number": 5, "content_word": 2, "function_word": 0}
+    counts = {"number": 40, "content_word": 40, "function_word": function_words}
+    kinds = [kind for kind, count in counts.items() for _ in range(count)]
+    slots = np.arange(7)[:, None] - 1
+    data = xr.Dataset(
+        {
+            "rank": (("slot", "token"), np.where(slots < [crystallized[kind] for kind in kinds], 50, 0)),
+            "target_log_probability": (
+                ("slot", "token"),
+                np.broadcast_to(np.concatenate([-np.linspace(0, 1, n) for n in counts.values()]), (7, len(kinds))),
+            ),
+            "token_type": ("token", [TOKEN_TYPES.index(kind) for kind in kinds]),
+            "in_sample": ("token", np.ones(len(kinds))),
+        }
+    )
+    delay = _surprisal_figures(Tokens(data, np.arange(len(kinds))))["number_delay_at_equal_surprisal"]
+    assert float(delay) == pytest.approx(3)

@@ -43,10 +43,12 @@ def test_baseline_loss_is_below_one_nat(layer_knockout):
 def test_without_the_first_layer_predictions_are_near_uniform(layer_knockout):
     """Without layer 0 the model predicts almost uniformly over its vocabulary.
 
-    Near-uniform is read as a loss of at least 95 % of ln V. The source's own figure is 8.9 of 11.9
-    nat: the right token is still 20 times likelier than chance.
+    Near-uniform is read as a loss within 5 % of ln V. The source's own figure is 8.9 of 11.9 nat: the
+    right token is still 20 times likelier than chance. Both sides, for a loss far above ln V is
+    confidently wrong and not uniform (Qwen2.5-Coder-0.5B: 1.14 ln V).
     """
-    assert layer_knockout.knockout_loss.sel(layer=0) >= 0.95 * layer_knockout.uniform_loss
+    uniform = layer_knockout.uniform_loss
+    assert 0.95 * uniform <= layer_knockout.knockout_loss.sel(layer=0) <= 1.05 * uniform
 
 
 @claim("T-2.10b", "corrected")
@@ -149,7 +151,7 @@ def test_layer_6_is_second(layer_knockout):
 def test_order_of_the_five_most_critical_layers(layer_knockout):
     """The five most critical layers are 0, 6, 1, 12, 10, in this order.
 
-    The source's second run orders them 0, 6, 1, 12, 11 or 0, 6, 12, 11, 1: the tail is sample noise.
+    The source's run on 200 other prompts (T-7) orders them 0, 6, 12, 11, 1: the tail is sample noise.
     """
     assert layer_knockout.layers_by_damage[:5] == [0, 6, 1, 12, 10]
 
@@ -191,7 +193,8 @@ def test_layer_6_stands_out_from_the_layers_before_it(layer_knockout):
 def test_a_layer_stands_out_from_its_neighbours(layer_knockout):
     """Some layer past the first does more than 3 times the damage of its four neighbours' median.
 
-    In nats, so that the baseline cancels. Pilots: 6.7, 8.5 and 15.7, but at most 2.1 in Qwen2.5.
+    In nats, so that the baseline cancels. Pilots: 6.7, 8.5 and 15.7, but at most 2.1 in Qwen2.5. The
+    second layer and the last two have fewer than four neighbours.
     """
     assert layer_knockout.neighbour_contrast.max() > 3
 
@@ -254,7 +257,11 @@ def test_profile_is_the_same_on_an_independent_sample(layer_knockout):
 
 @claim("T-2.25b", "corrected")
 def test_profile_is_the_same_in_both_halves_of_the_prompts(layer_knockout):
-    """The damage profiles of the two halves of the prompts correlate at least 0.8 in rank."""
+    """The damage profiles of the two halves of the prompts correlate at least 0.8 in rank.
+
+    Even against odd prompts; 0.8 is the spec's figure for 400 tokens. A prompt keeps its half in
+    resamples, so that no prompt that stands in both raises the support.
+    """
     first, second = layer_knockout.half_profiles
     assert spearman(first, second) >= 0.8
 
@@ -324,5 +331,13 @@ def test_ordinary_text_loses_about_as_many_nats(layer_knockout):
 
 @claim("T-2.29c", "hypothesis")
 def test_ordinary_text_allows_more_pruning(layer_knockout):
-    """Judged by the user's words, more layers can be pruned within 3 times the baseline loss."""
-    assert layer_knockout.max_removable(ratio=3, text=True) > layer_knockout.max_removable(ratio=3)
+    """Judged by the user's words, more layers can be pruned within 3 times the baseline loss.
+
+    Pruning stops at a quarter of the layers. Where the completions still are within the limit there,
+    how many more either kind of text would allow is unknown.
+    """
+    on_completions = layer_knockout.max_removable(ratio=3)
+    on_text = layer_knockout.max_removable(ratio=3, text=True)
+    if on_completions == layer_knockout.removals:
+        not_applicable(f"completions are within the limit at the last of {on_completions} removals")
+    assert on_text > on_completions

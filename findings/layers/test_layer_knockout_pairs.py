@@ -152,7 +152,12 @@ def test_greedy_pruning_removes_2_then_34(layer_knockout):
 
 @claim("T-2.20", "published")
 def test_only_one_layer_can_be_pruned_within_3_times_the_loss(layer_knockout):
-    """Greedy pruning can remove at most one layer within 3 times the baseline loss."""
+    """Greedy pruning can remove at most one layer within 3 times the baseline loss.
+
+    The source's figure: one of 36 layers.
+    """
+    if layer_knockout.removals <= 1:
+        not_applicable(f"of {layer_knockout.n_layers} layers no more than one was removed")
     assert layer_knockout.max_removable(ratio=3) <= 1
 
 
@@ -160,14 +165,21 @@ def test_only_one_layer_can_be_pruned_within_3_times_the_loss(layer_knockout):
 def test_no_layer_can_be_pruned_for_a_twentieth_of_a_nat(layer_knockout):
     """Not one layer can be removed within 0.05 nat per token.
 
-    In nats, hence comparable across models; 0.05 is the smallest effect that 450 tokens resolve.
+    In nats, hence comparable across models; 0.05 is the smallest of the spec's limits, and what 450
+    tokens resolve: a pilot's cheapest layer was known to 0.04. The first removal is a single knockout,
+    so it is judged on all prompts, not on the few of the pruning path.
     """
-    assert layer_knockout.max_removable(delta=0.05) == 0
+    assert layer_knockout.loss_delta.min() > 0.05
 
 
 @claim("T-2.21", "published")
 def test_criticality_must_be_recomputed_after_a_removal(layer_knockout):
-    """The best second layer to remove is not the second in the ranking of single knockouts, and costs less."""
+    """The best second layer to remove is not the second in the ranking of single knockouts, and costs less.
+
+    On the sample itself the second half follows from the first: greedy took the cheapest of all second
+    layers. Resamples rank the single knockouts anew but keep both paths of the sample, so the support
+    says in how many of them the choice still differs from the ranking and its path still costs less.
+    """
     if len(layer_knockout.pruning_order) < 2:
         not_applicable(f"of {layer_knockout.n_layers} layers only a quarter is removed, which is not two")
     assert layer_knockout.pruning_order[1] != layer_knockout.naive_pruning_order[1]
@@ -176,17 +188,28 @@ def test_criticality_must_be_recomputed_after_a_removal(layer_knockout):
 
 @claim("T-2.21b", "corrected")
 def test_greedy_pruning_is_never_worse_than_the_single_ranking(layer_knockout):
-    """At every number of removed layers, greedy pruning loses no more than removing by the single ranking.
+    """From the third removed layer on greedy pruning loses no more than the single ranking, and at the last one less.
 
-    Greedy is optimal for one layer only; for more it could in principle be beaten.
+    Up to two layers nothing else is possible on the sample: the first is the same, and greedy took the
+    cheapest second. From three on it could be beaten. The last is a quarter of the layers, where the
+    gain is the finding: without one, nothing need be computed anew. Resamples keep both paths.
     """
-    greedy, naive = layer_knockout.pruning_loss, layer_knockout.naive_pruning_loss
-    assert (greedy - naive).max() <= 1e-6
+    if layer_knockout.removals < 3:
+        not_applicable(f"{layer_knockout.removals} layers were removed; greedy can be beaten from three on")
+    gain = (layer_knockout.naive_pruning_loss - layer_knockout.pruning_loss).sel(step=slice(3, None))
+    assert gain.min() >= -1e-6
+    assert gain[-1] > 0
 
 
 @claim("T-2.30", "hypothesis")
 def test_greedy_pruning_beats_contiguous_blocks(layer_knockout):
-    """Removing the best contiguous block of layers never loses less than removing as many greedily."""
-    blocks = layer_knockout.best_block_loss
+    """Removing the best contiguous block of two or more layers never loses less than removing as many greedily.
+
+    The best block of one layer is greedy's first removal. Resamples choose the best block anew but keep
+    the greedy path of the sample, so the support is that of a stricter comparison.
+    """
+    blocks = layer_knockout.best_block_loss.sel(block_size=slice(2, None))
+    if not blocks.size:
+        not_applicable("no block of two or more layers was removed")
     greedy = layer_knockout.pruning_loss.sel(step=blocks.block_size.values)
     assert (blocks.values - greedy.values).min() >= -1e-6

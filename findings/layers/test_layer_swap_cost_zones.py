@@ -167,7 +167,8 @@ def test_layers_with_correlated_updates_are_cheap_to_swap(layer_swap_cost):
     """The more alike the updates of two layers, the cheaper their swap, also at equal distance.
 
     Said by the source's experiment T-4. The updates are averaged over tokens, so one direction that
-    all tokens share carries the correlation.
+    all tokens share carries the correlation. Only the cost is resampled, so the support leaves out the
+    uncertainty of the updates.
     """
     assert matrix_correlation(layer_swap_cost.update_correlation, layer_swap_cost.cost) < 0
     distance = layer_swap_cost.separation
@@ -178,7 +179,7 @@ def test_layers_with_correlated_updates_are_cheap_to_swap(layer_swap_cost):
 def test_the_relation_to_updates_exceeds_chance(layer_swap_cost):
     """The rank correlation of update similarity and swap cost is below -0.15, and not by chance (Mantel at 5 %).
 
-    -0.28 in the source's data: weak.
+    -0.28 in the source's data: weak. As in T-3.26 only the cost is resampled.
     """
     assert matrix_correlation(layer_swap_cost.update_correlation, layer_swap_cost.cost) < -0.15
     assert mantel_p_value(layer_swap_cost.update_correlation, -layer_swap_cost.cost) < 0.05

@@ -242,7 +242,12 @@ def test_late_crystallization_is_uncertainty(logit_lens):
 
 @claim("T-1.40b", "hypothesis")
 def test_numbers_are_late_at_equal_surprisal(logit_lens):
-    """Numbers crystallize later than other tokens of equal final surprisal (tenths of the distribution)."""
+    """Numbers crystallize later than content words of equal final surprisal (tenths of the distribution).
+
+    Token classes are to be compared, so the other side is one class, that of T-1.21. Against all other
+    tokens, half of them function words and punctuation, the sign turns in SmolLM2-135M: +3.7 layers,
+    but -4.4 against content words.
+    """
     logit_lens.require_tokens("number", ENOUGH_TOKENS)
     assert logit_lens.variable("number_delay_at_equal_surprisal") > 0
 

@@ -228,14 +228,15 @@ def _distribution_figures(ranks: np.ndarray, tokens: Tokens) -> Variables:
 
 
 def _surprisal_figures(tokens: Tokens) -> Variables:
-    number = tokens["token_type"] == TOKEN_TYPES.index("number")
-    kept, depth, surprisal = _settled(tokens)
-    delay = _matched_difference(depth, number[kept], surprisal)
+    number, content = (tokens["token_type"] == TOKEN_TYPES.index(kind) for kind in ("number", "content_word"))
+    compared = Tokens(tokens.data, tokens.index[number | content])
+    kept, depth, surprisal = _settled(compared)
+    delay = _matched_difference(depth, number[number | content][kept], surprisal)
     _, *of_sample = _settled(tokens.sample)
     correlation = spearman(*map(xr.DataArray, of_sample)) if len(of_sample[0]) else float("nan")
     found = {
         "crystallization_surprisal_correlation": (correlation, "1", "Spearman: crystallization and final surprisal"),
-        "number_delay_at_equal_surprisal": (delay, "layer", "numbers minus others in the same tenth of surprisal"),
+        "number_delay_at_equal_surprisal": (delay, "layer", "numbers minus content words of the same tenth"),
     }
     return _figures((), found)
 

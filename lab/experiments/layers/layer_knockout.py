@@ -1,7 +1,8 @@
 """T-2 layer knockout: what does the model lose when decoder layers are skipped, alone, in pairs, one after the other?
 
 Skipping a layer leaves the residual stream as it was: both updates, attention and MLP, are left out.
-The loss counts completion tokens only and is the mean over all tokens of all prompts,
+The loss counts completion tokens only, without those that end an 8-gram which the completion already held
+(a repetition predicts itself), and is the mean over these tokens of all prompts,
 
     loss = sum_r sum_t -ln p(x_t | x_<t) / sum_r n_r    [nat/token],
 
@@ -40,6 +41,16 @@ class LayerKnockout(Record):
     sampling: ClassVar = {"prompt": "scored_tokens", "pair_prompt": "pair_scored_tokens"}
     profiles: ClassVar = ("loss_delta", "loss_ratio", "kl", "top1_agreement")
 
+    def __init__(self, data: xr.Dataset):
+        """Wrap a record.
+
+        Args:
+            data: losses; those per prompt get a coordinate `half`, which every resample keeps.
+        """
+        if "prompt" in data.sizes and "half" not in data.coords:
+            data = data.assign_coords(half=("prompt", np.arange(data.sizes["prompt"]) % 2))
+        super().__init__(data)
+
     @cached_property
     def baseline_loss(self) -> xr.DataArray:
         """Loss of the intact model [nat/token]."""
@@ -67,10 +78,14 @@ class LayerKnockout(Record):
 
     @cached_property
     def half_profiles(self) -> tuple[xr.DataArray, xr.DataArray]:
-        """Knockout losses of the even and of the odd prompts [layer], nat/token."""
+        """Knockout losses of the even and of the odd prompts [layer], nat/token.
+
+        A prompt stays in its half in every resample: were it drawn twice and in both, they would agree by that alone.
+        """
         if "prompt" not in self.data.sizes:
             raise NotApplicable(f"the {self.source} record of {self.subject} holds no losses per prompt")
-        halves = (type(self)(self.data.isel(prompt=slice(start, None, 2))) for start in (0, 1))
+        half = self.data["half"].values
+        halves = (type(self)(self.data.isel(prompt=half == number)) for number in (0, 1))
         return tuple(half.knockout_loss for half in halves)  # type: ignore[return-value]
 
     @property
@@ -111,7 +126,10 @@ class LayerKnockout(Record):
 
     @cached_property
     def neighbour_contrast(self) -> xr.DataArray:
-        """Damage of each layer over the median damage of the two layers on either side [layer]; NaN for layer 0."""
+        """Damage of each layer over the median damage of the two layers on either side [layer]; NaN for layer 0.
+
+        Near the ends there are fewer: three for the second layer and the last but one, two for the last.
+        """
         damage = self.loss_delta.values
         around = [[j for j in range(i - 2, i + 3) if j != i and 0 <= j < len(damage)] for i in range(len(damage))]
         contrast = np.array([damage[i] / np.median(damage[near]) for i, near in enumerate(around)])
@@ -238,18 +256,20 @@ class LayerKnockout(Record):
         losses = [float(self.baseline_loss), float(self.knockout_loss.sel(layer=order[0])), pair]
         return xr.DataArray(losses, dims="step", coords={"step": [0, 1, 2]})
 
-    def max_removable(self, *, ratio: float = 1, delta: float = 0, text: bool = False) -> int:
-        """Largest number of greedily removed layers within a loss limit.
+    @property
+    def removals(self) -> int:
+        """Layers that greedy pruning removed before it stopped; it cannot tell whether more could be."""
+        return int(self.pruning_loss.step.max())
+
+    def max_removable(self, *, ratio: float, text: bool = False) -> int:
+        """Largest number of greedily removed layers within a loss limit, at most `removals`.
 
         Args:
-            ratio: limit as a multiple of the intact loss; without it the loss itself is the limit.
-            delta: allowed rise beyond that limit in nat/token (comparable across models).
+            ratio: limit as a multiple of the intact loss.
             text: judge by the loss on the user's words instead of the completions.
         """
         losses = self.mean("text_pruning_loss") if text else self.pruning_loss
-        intact = losses.sel(step=0)
-        limit = intact * ratio + delta
-        return int(losses.step[losses <= limit].max())
+        return int(losses.step[losses <= ratio * losses.sel(step=0)].max())
 
     @cached_property
     def best_block_loss(self) -> xr.DataArray:
@@ -327,7 +347,9 @@ TOLERANCES = {
     "block_loss": PAIR,
     "layer_weight_norm": Tolerance(3e-5, 0, "weights alone decide; kept to six digits, and 1 % noise moves it by 5e-5"),
     "pruning_loss": PATH,
-    "naive_pruning_loss": PATH,
+    "naive_pruning_loss": Tolerance(
+        0.5, 0.01, "the order of single losses decides, near ties too: AVX-512 moved step 4 of Gemma by 39 %, from AVX2"
+    ),
     "text_pruning_loss": PATH,
     "pruning_removed_layer": Tolerance(
         0, float("inf"), "a choice between near ties; the losses along the path are held"

@@ -41,5 +41,5 @@ def _bottleneck(record: ActivationPatching) -> str:
     layer = record.causal_bottleneck_layer
     share = float(record.update_recovery.sel(layer=layer))
     handover = record.handover_depth
-    last = f"the last position holds more from depth {handover:.2f} on" if handover == handover else "it never does"
+    last = f"the last position first holds more at depth {handover:.2f}" if handover == handover else "it never does"
     return f"{drawing.name_of(record)}: layer {layer} alone recovers {share:.2f}; {last}"
