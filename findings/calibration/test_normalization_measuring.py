@@ -194,6 +194,23 @@ def test_damage_of_a_model_that_overflows():
         record.damage("batch_norm")
 
 
+def test_above_a_uniform_guess_a_share_is_one():
+    assert broken(1e9).share_of_a_guess("group_norm_8") == 0.5
+    assert broken(4.5).share_of_a_guess("identity") == 1
+    assert broken(9.0).share_of_a_guess("identity") == broken(math.nan).share_of_a_guess("identity") == 1
+
+
+def test_joint_group_norms_have_a_twin_per_token(record):
+    """Of one group per token, layer norm is the name; of several, the twin was measured under its own."""
+    twins = {name: record.token_twin(name) for name in record.joint_groups}
+    assert twins == {
+        "group_norm_1": "layer_norm",
+        "group_norm_4": "group_norm_4_token",
+        "group_norm_8": "group_norm_8_token",
+    }
+    assert set(twins.values()) <= set(record.variants)
+
+
 def test_published_figures_follow_from_each_other():
     record = Normalization(published.dataset("normalization"))
     ratios = record.variable("replacement_loss_ratio").values

@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 
 from findings.calibration.normalization_cases import BUDGET, LENGTHS, record_of
+from lab.errors import NotApplicable
 from lab.experiments.surgery.measuring import normalization_recovery
 from lab.experiments.surgery.measuring.normalization import parts
 from lab.experiments.surgery.measuring.normalization_losses import unpadded
@@ -100,31 +101,76 @@ def test_the_loss_that_is_trained_is_the_loss_that_is_scored(architecture):
     assert float(completion_loss(intact, batch)) == pytest.approx(float(by_hand), rel=1e-5)
 
 
+def of_training(losses, steps=(0, 100), texts=None) -> Normalization:
+    """A record of what training made of swaps' losses [step] or [step, text]; a uniform guess costs 5 nat."""
+    dims = ("recovery_variant", "step", "prompt")[: np.ndim(next(iter(losses.values()))) + 1]
+    arrays = {
+        "recovery_loss": variable(dims, list(losses.values()), "nat/token", ""),
+        "uniform_loss": variable((), 5.0, "nat/token", ""),
+    }
+    if texts is not None:
+        arrays["scored_tokens"] = variable("prompt", texts, "token", "")
+    coords = {"recovery_variant": list(losses), "step": list(steps)}
+    return Normalization(xr.Dataset(arrays, coords, {"subject": "x", "source": "measured", "condition": "c"}))
+
+
 def test_recovery_is_what_the_swap_loses_and_gains_beyond_the_control():
-    """Losses beyond a uniform guess, here 5 nat, count as that, finite or not."""
+    """Losses beyond a uniform guess, here 5 nat, count as that, finite or not, on one side of the training."""
     losses = {
         "rms_norm": [1.0, 0.8],
         "layer_norm": [3.0, 1.8],
         "batch_norm": [4.0, 3.8],
-        "lost": [np.nan, np.nan],
         "mended": [np.nan, 1.0],
-        "less_broken": [23.0, 9.0],
+        "half_mended": [23.0, 2.8],
+        "worse": [4.0, 9.0],
     }
-    record = Normalization(
-        xr.Dataset(
-            {
-                "recovery_loss": variable(("recovery_variant", "step"), list(losses.values()), "nat/token", ""),
-                "uniform_loss": variable((), 5.0, "nat/token", ""),
-            },
-            {"recovery_variant": list(losses), "step": [0, 100]},
-            {"subject": "x", "source": "measured", "condition": "c"},
-        )
-    )
+    record = of_training(losses)
     found = {name: record.recovered(name) for name in losses if name != "rms_norm"}
-    gone = 1 - 4.2 / 4
-    assert found == pytest.approx(
-        {"layer_norm": 0.5, "batch_norm": 0, "lost": gone, "mended": 1 - 0.2 / 4, "less_broken": gone}
-    )
+    expected = {"layer_norm": 0.5, "batch_norm": 0, "mended": 1 - 0.2 / 4, "half_mended": 0.5, "worse": 1 - 4.2 / 3}
+    assert found == pytest.approx(expected)
+
+
+def test_recovery_cannot_be_told_of_what_is_no_better_than_a_guess():
+    """Neither of a swap that overflows or exceeds a guess before and after, nor of one whose training diverged."""
+    losses = {
+        "rms_norm": [1.0, 0.8],
+        "layer_norm": [3.0, 1.8],
+        "lost": [np.nan, np.nan],
+        "less_broken": [23.0, 9.0],
+        "overflown": [4.0, np.nan],
+        "cheap": [1.019, 0.9],
+    }
+    record = of_training(losses)
+    words = {
+        "lost": "x with lost is no better than a uniform guess or overflows, before training and after 100 steps",
+        "less_broken": "x with less_broken is no better than a uniform guess",
+        "overflown": "training overflown of x diverged: after 100 steps its loss is not finite where it was before",
+        "cheap": "cheap costs x 0.019 nat: too little to speak of recovering it",
+    }
+    for name, reason in words.items():
+        with pytest.raises(NotApplicable, match=reason):
+            record.recovered(name)
+    assert record.recovered_of("lost", "layer_norm", "overflown") == pytest.approx({"layer_norm": 0.5})
+    with pytest.raises(NotApplicable, match=r"lost is no better .*; training overflown of x diverged"):
+        record.recovered_of("lost", "overflown")
+
+
+def test_recovery_is_read_where_the_control_is_best():
+    """Not where a swap is best, nor at the last step; and never before the first."""
+    losses = {"rms_norm": [1.0, 0.8, 2.0], "layer_norm": [3.0, 2.8, 2.1]}
+    record = of_training(losses, (0, 100, 500))
+    assert record.recovery_step == 100
+    assert record.recovered("layer_norm") == pytest.approx(0)
+    losses["rms_norm"] = [0.5, 2.0, 0.8]
+    assert of_training(losses, (0, 100, 500)).recovery_step == 500
+
+
+def test_training_that_loses_one_text_has_diverged():
+    losses = {"rms_norm": np.full((2, 2), 1.0), "layer_norm": np.array([[np.nan, 3.0], [np.nan, np.nan]])}
+    with pytest.raises(NotApplicable, match="diverged"):
+        of_training(losses, texts=[5, 5]).recovered("layer_norm")
+    losses["layer_norm"] = np.array([[np.nan, 3.0], [2.0, 3.0]])
+    assert of_training(losses, texts=[5, 5]).recovered("layer_norm") == pytest.approx(1 - 1.5 / 4)
 
 
 def test_the_control_trains_the_norms_that_swaps_replace(monkeypatch):

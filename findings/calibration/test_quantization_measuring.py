@@ -10,12 +10,14 @@ import pytest
 import torch
 import xarray as xr
 
+from lab import published
 from lab.errors import NotApplicable, UserError
 from lab.experiments.systems.measuring.quantization_weights import expected_gigabytes
 from lab.experiments.systems.measuring.quantization_workbench import samples
 from lab.experiments.systems.quantization import Budget, Quantization, measure
 from lab.quantization import footprint, libraries
 from lab.quantization.libraries import GGUF
+from lab.quantization.recipes import first_last_protected
 from lab.quantization.whole_models import LIBRARIES
 from lab.store import Sweep
 from lab.subjects.tiny import LAYERS, loaded, random_corpus, tiny
@@ -140,14 +142,15 @@ def test_weights_on_a_grid_bar_claims_about_full_precision():
     gridded.require_free_weights("rtn_3", "gguf_q8_0")
 
 
-def of_rises(rises, tokens) -> Quantization:
-    """A record of one method whose loss rises by these amounts on texts of so many tokens."""
+def of_rises(rises, tokens, **others) -> Quantization:
+    """A record of methods whose losses rise by these amounts on texts of so many tokens, `rtn_8` the first."""
+    methods = {"rtn_8": rises, **others}
     losses = {
         "method_baseline_loss": ("method_prompt", np.ones(len(rises))),
-        "method_loss": (("method", "method_prompt"), 1 + np.array([rises])),
+        "method_loss": (("method", "method_prompt"), 1 + np.array(list(methods.values()))),
         "method_scored_tokens": ("method_prompt", np.array(tokens)),
     }
-    data = xr.Dataset(losses, {"method": ["rtn_8"]})
+    data = xr.Dataset(losses, {"method": list(methods)})
     return Quantization(data.assign_attrs(subject="tiny", source="measured", condition="quick"))
 
 
@@ -164,11 +167,138 @@ def test_the_interval_of_a_damage_is_the_bootstraps_on_unequal_texts():
     assert record.method_half_width("rtn_8") == pytest.approx((high - low) / 2, rel=0.1)
 
 
-def test_a_limit_that_the_texts_do_not_resolve_bars_the_claim():
-    record = of_rises([0.0, 0.02, -0.02, 0.01], [20] * 4)
-    record.require_resolved(0.02, "rtn_8")
-    with pytest.raises(NotApplicable, match=r"known within 0.017 nat on tiny, which does not resolve 0.005"):
+#: four equal texts whose 95 % interval is the mean +- 0.0167: 1.96 sqrt(0.00087 / 3 / 4)
+AROUND = np.array([0.0, 0.02, -0.02, 0.01]) - 0.0025
+
+
+def test_a_limit_inside_the_interval_bars_the_claim_and_one_outside_does_not():
+    """Refuted and held are both resolved, however wide the interval is beside the limit."""
+    record = of_rises(0.01 + AROUND, [20] * 4)
+    assert record.damage_interval("rtn_8") == pytest.approx((0.01 - 0.01673, 0.01 + 0.01673), abs=1e-5)
+    words = (
+        r"rise of the loss under rtn_8 lies between -0.0067 and 0.027 nat on tiny, which does not tell it from 0.005"
+    )
+    with pytest.raises(NotApplicable, match=words):
         record.require_resolved(0.005, "rtn_8")
+    record.require_resolved(0.028, "rtn_8")
+    record.require_resolved(-0.008, "rtn_8")
+    # its half-width exceeds 0.005, but all of it lies above
+    of_rises(0.04 + AROUND, [20] * 4).require_resolved(0.005, "rtn_8")
+    # and less than 0.02 may be known of a damage that is within 0.02
+    with pytest.raises(NotApplicable, match=r"which does not tell it from 0.02"):
+        record.require_resolved(0.02, "rtn_8")
+
+
+def test_the_worst_of_several_methods_decides():
+    """One that is clearly above refutes, whatever the others are; else all must be clearly below."""
+    low, near, high = -0.02 + AROUND, 0.01 + AROUND, 0.05 + AROUND
+    record = of_rises(near, [20] * 4, low=low, high=high)
+    record.require_resolved(0.01, "rtn_8", "low", "high")
+    record.require_resolved(0.01, "low")
+    with pytest.raises(NotApplicable, match=r"largest rise of the loss under rtn_8, low lies between -0.0067 and"):
+        record.require_resolved(0.01, "rtn_8", "low")
+
+
+def test_two_methods_are_compared_on_the_texts_they_share():
+    """Each is known to 0.0167, their difference exactly, or as the texts on which they differ tell."""
+    record = of_rises(AROUND, [20] * 4, same=AROUND + 0.001, apart=AROUND - 0.003, other=-AROUND + 0.001)
+    assert record.method_half_width("same", "rtn_8") == pytest.approx(0, abs=1e-12)
+    assert record.damage_interval("apart", "rtn_8") == pytest.approx((-0.003, -0.003))
+    assert record.method_half_width("other", "rtn_8") == pytest.approx(2 * record.method_half_width("rtn_8"))
+    record.require_resolved_difference(0.002, "same", "rtn_8")
+    record.require_resolved_difference(0.002, "apart", "rtn_8")
+    for limit in (0.002, 0.03):
+        with pytest.raises(
+            NotApplicable, match=r"loss under other less that under rtn_8 lies between -0.032 and 0.034"
+        ):
+            record.require_resolved_difference(limit, "other", "rtn_8")
+    record.require_resolved_difference(0.05, "other", "rtn_8")
+
+
+def test_a_difference_near_the_negative_limit_is_not_resolved():
+    record = of_rises(AROUND, [20] * 4, other=np.zeros(4) - 0.02)
+    with pytest.raises(NotApplicable, match=r"tell it from -0.03"):
+        record.require_resolved_difference(0.03, "other", "rtn_8")
+    record.require_resolved_difference(0.002, "other", "rtn_8")
+
+
+def test_what_texts_resolve_is_not_asked_of_a_draw():
+    """Draws of a record that is clear of the limit apply, though many of their own intervals hold it."""
+    generator = np.random.default_rng(3)
+    record = of_rises(generator.normal(0.0, 0.01, 20), np.full(20, 20))
+    limit = record.damage_interval("rtn_8")[1] + 1e-4
+    draws = record.resamples
+    own = [draw.damage_interval("rtn_8") for draw in draws]
+    assert sum(low <= limit <= high for low, high in own) > 100
+    for draw in draws:
+        draw.require_resolved(limit, "rtn_8")
+        draw.require_resolved_difference(limit, "rtn_8", "rtn_8")
+
+
+def test_published_figures_have_no_interval():
+    record = Quantization(published.dataset("quantization"))
+    assert record.damage_interval("rtn_8") is None
+    record.require_resolved(record.method_damage("rtn_8"), "rtn_8")
+    record.require_resolved_difference(0.0, "rtn_8", "gptq_w8a16")
+    with pytest.raises(NotApplicable, match="holds no gguf_q8_0"):
+        of_rises(AROUND, [20] * 4).damage_interval("gguf_q8_0")
+
+
+# ---- recipes
+
+
+def of_recipes(deals=(), **recipes) -> Quantization:
+    """A record of recipes by name: their widths, and what each does to the loss; and of random deals."""
+    widths, losses = zip(*recipes.values(), strict=True)
+    arrays = {
+        "method_baseline_loss": ((), 1.0),
+        "recipe_bits": (("recipe_layerwise", "layer"), np.array(widths)),
+        "recipe_loss": ("recipe", 1 + np.array(losses)),
+        "permuted_recipe_loss": ("permutation", 1 + np.array(deals)),
+    }
+    data = xr.Dataset(arrays, {"recipe_layerwise": list(recipes), "recipe": list(recipes)})
+    return Quantization(data.assign_attrs(subject="tiny", source="measured", condition="quick"))
+
+
+def test_recipes_of_the_same_widths_are_not_compared():
+    record = of_recipes(plain=([4, 4, 4], 0.3), last=([4, 4, 5], 0.2), again=([4, 4, 5], 0.2), first=([5, 4, 4], 0.25))
+    record.require_different_widths("plain", "last", "first")
+    with pytest.raises(NotApplicable, match="last and again give the layers of tiny the same widths"):
+        record.require_different_widths("plain", "last", "again")
+    with pytest.raises(NotApplicable, match="holds no widths of other"):
+        record.require_different_widths("plain", "other")
+    assert record.different_recipes == ["plain", "last", "first"]
+
+
+def test_the_trim_leaves_a_model_of_18_layers_no_protection():
+    assert set(first_last_protected(18)) == {4}
+    assert first_last_protected(36).tolist() == [4] * 35 + [5]
+
+
+@pytest.mark.parametrize(("beaten", "deals", "p"), [(20, 20, 1 / 21), (19, 20, 2 / 21), (96, 100, 5 / 101), (0, 4, 1)])
+def test_a_recipe_counts_as_one_of_the_deals(beaten, deals, p):
+    """Of 20 deals all must be beaten for p <= 0.05, of 100 at least 96; a tie is not beaten."""
+    losses = [0.3] * beaten + [0.2] * (deals - beaten)
+    assert of_recipes(losses, known=([3, 4, 5], 0.2)).deal_p_value("known") == pytest.approx(p)
+
+
+@pytest.mark.parametrize(("layers", "first"), [(36, 4), (30, 3), (24, 2), (18, 2)])
+def test_the_first_12_percent_of_the_depth_are_whole_layers(layers, first):
+    """12 % of the depth: four of the original's 36 layers, and as many as end there in other models."""
+    data = xr.Dataset({"layer_loss": ("layer", np.zeros(layers))}, {"layer": np.arange(layers)})
+    record = Quantization(data.assign_attrs(subject="tiny", source="measured", condition="quick"))
+    assert record.first_layers(0.12).tolist() == [True] * first + [False] * (layers - first)
+    assert record.ends == {*range(first), layers - 1}
+
+
+def test_memory_is_known_of_the_methods_that_were_loaded():
+    found = {"stored_memory": ("memory_method", [2.0, 1.0])}
+    data = xr.Dataset(found, {"memory_method": ["bfloat16", "bitsandbytes_int8"]})
+    record = Quantization(data.assign_attrs(subject="tiny", source="measured", condition="quick"))
+    assert record.memory_methods == ["bfloat16", "bitsandbytes_int8"]
+    assert record.memory("bitsandbytes_int8") == 1
+    with pytest.raises(NotApplicable, match="holds no memory of bitsandbytes_nf4"):
+        record.memory("bitsandbytes_nf4")
 
 
 def test_missing_libraries_are_named(monkeypatch):

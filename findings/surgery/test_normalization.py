@@ -104,22 +104,19 @@ def test_every_joint_group_norm_is_as_bad_as_a_guess(normalization):
     assert min(map(normalization.damage_fraction, normalization.joint_groups)) >= 0.9
 
 
-def capped(normalization, variant):
-    """Damage of a replacement as a share of a uniform guess's, at most 1."""
-    return min(normalization.damage_fraction(variant), 1.0)
-
-
 @claim("T-15.3c", "hypothesis")
 def test_grouping_hurts_less_token_by_token(normalization):
     """With statistics of each token alone, every number of groups costs less than with statistics over the sequence.
 
-    The plan of the source was per token (one group is then layer norm); its code normalizes over positions too. If
-    this holds, its failure at one group says nothing about grouping. Above a uniform guess differences mean nothing.
+    The plan of the source was per token (one group is then layer norm, which stands for it); its code normalizes over
+    positions too. If this holds, its failure at one group says nothing about grouping. Above a uniform guess
+    differences mean nothing: numbers of groups that are worse in both forms are left out.
     """
-    joint = [name for name in normalization.joint_groups if f"{name}_token" in normalization.variants]
-    if not joint:
+    pairs = [(name, normalization.token_twin(name)) for name in normalization.joint_groups]
+    pairs = [pair for pair in pairs if pair[1] in normalization.variants]
+    if not pairs:
         not_applicable(f"the {normalization.source} record has no group norms per token")
-    shares = [(capped(normalization, name), capped(normalization, f"{name}_token")) for name in joint]
+    shares = [tuple(map(normalization.share_of_a_guess, pair)) for pair in pairs]
     if all(min(pair) == 1 for pair in shares):
         not_applicable("all are worse than a uniform guess, with statistics of each token as over the sequence")
     assert min(whole - token for whole, token in shares if min(whole, token) < 1) > 0
@@ -164,11 +161,16 @@ def test_batch_norm_fails_although_it_is_causal(normalization):
     """Joint group norm looks ahead; batch norm with fixed statistics does not, and fails all the same.
 
     A fixed affine map of each token cannot mix positions. At exactly 0 leak and half of a uniform guess's cost the
-    explanation by leakage is ruled out for it: what both lack is the rescaling of each token.
+    explanation by leakage is ruled out for it: what both lack is the rescaling of each token. A batch norm under which
+    logits overflow cannot be compared and is left out; one at least, with exact statistics or the published ones, has
+    to be left.
     """
     assert min(leaks(normalization, normalization.joint_groups).values()) > 0
-    assert max(leaks(normalization, normalization.batch_norms).values()) == 0
-    assert min(map(normalization.damage_fraction, normalization.batch_norms)) >= HALF
+    causal = [name for name in normalization.batch_norms if np.isfinite(normalization.leak(name))]
+    if not causal:
+        not_applicable(f"the logits of {normalization.subject} with batch norm are not finite")
+    assert max(map(normalization.leak, causal)) == 0
+    assert min(map(normalization.damage_fraction, causal)) >= HALF
 
 
 @claim("T-15.6", "published")
@@ -185,7 +187,9 @@ def test_small_means_explain_the_free_swap(normalization):
     """LayerNorm costs at most 0.1 nat where tokens' means are at most a tenth of their spread, and only there.
 
     The source's explanation: means are 1.3 % of the spread, so centring removes nothing. A pilot contradicts it: on
-    Gemma 3 they are 2 to 7 % and the swap costs 15.5 nat. Median over layers.
+    Gemma 3 they are 2 to 7 % and the swap costs 15.5 nat. Median over layers. Means are small in every record so far
+    (chance has them so, T-15.22b), and where they are the verdict is that of T-15.1b: "only there" has not been put to
+    the test.
     """
     small_means = bool(normalization.mean_to_std.median() <= 0.1)
     assert (normalization.layer_norm_damage <= 0.1) == small_means

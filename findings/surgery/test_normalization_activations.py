@@ -156,8 +156,12 @@ def test_means_are_as_small_as_chance_has_them(normalization):
 
 @claim("T-15.23", "published", on=ORIGINAL)
 def test_means_grow_800_fold(normalization):
-    """Tokens' means grow 800-fold from layer 0 to 35 (within 5 %), and their spread in proportion."""
+    """Tokens' means grow 800-fold from layer 0 to 35, and their spread in proportion, both within 5 %.
+
+    682-fold and 661-fold: the proportion holds, the factor does not.
+    """
     assert 760 <= normalization.growth("token_abs_mean") <= 840
+    assert 0.95 <= normalization.growth("token_abs_mean") / normalization.growth("token_std") <= 1.05
 
 
 @claim("T-15.23b", "corrected")

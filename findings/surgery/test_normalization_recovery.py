@@ -9,7 +9,9 @@ def test_training_norms_recovers_layer_norm(normalization):
 
     Planned by the source, not run: up to 1000 small steps on completions, everything else frozen; 100 in a quick
     budget. The model's own norms are trained alike, and what that gains is taken off: a model learns the texts' style,
-    too.
+    too. Judged after the steps at which this control's loss is lowest, chosen on the control only: afterwards it learns
+    the training texts by heart. Does not apply where the swap costs less than 0.02 nat, which a quick budget cannot
+    tell from nothing.
     """
     assert normalization.recovered("layer_norm") >= 0.8
 
@@ -18,7 +20,8 @@ def test_training_norms_recovers_layer_norm(normalization):
 def test_training_norms_does_not_recover_the_others(normalization):
     """It recovers at most half of what joint group norm and batch norm cost.
 
-    They lack the rescaling of each token, which no scale or shift that is common to all tokens can give back.
+    They lack the rescaling of each token, which no scale or shift that is common to all tokens can give back. Judged at
+    the step of T-15.33. A swap that is no better than a uniform guess before and after, or whose training diverged,
+    says nothing about how much came back, and is left out; if both are, the claim does not apply.
     """
-    assert normalization.recovered("group_norm_8") <= 0.5
-    assert normalization.recovered("batch_norm") <= 0.5
+    assert max(normalization.recovered_of("group_norm_8", "batch_norm").values()) <= 0.5

@@ -9,6 +9,7 @@ more say so where they do not.
 import numpy as np
 
 from fixtures.claims import claim
+from lab.experiments.systems.quantization import FIRST
 from lab.statistics.correlations import rank_correlation, sign_share, t_test_p_value
 
 ORIGINAL = "qwen3-4b-instruct-2507"
@@ -16,11 +17,6 @@ ORIGINAL = "qwen3-4b-instruct-2507"
 
 def test_quantization_matches_snapshot(quantization, snapshot):
     assert quantization == snapshot
-
-
-def ends(quantization):
-    """The layers in the first 12 % of the depth (four of the original's 36), and the last layer."""
-    return {*np.flatnonzero(quantization.depth < 0.12).tolist(), quantization.n_layers - 1}
 
 
 # ---- which layers
@@ -44,7 +40,7 @@ def test_the_two_most_sensitive_layers_lie_at_the_ends(quantization):
     12 % is four layers of the original's 36. A block of four as such does not carry over: in a pilot on SmolLM2 only
     the first and the last layer stood out.
     """
-    assert set(quantization.ranked(quantization.two_bit_damage)[:2]) <= ends(quantization)
+    assert set(quantization.ranked(quantization.two_bit_damage)[:2]) <= quantization.ends
 
 
 @claim("T-11.1c", "corrected")
@@ -64,7 +60,7 @@ def test_the_ends_stand_out_with_four_levels_too(quantization):
     The published "2 bits" are ternary: 83 % of Gaussian weights become zero. Were the spike at the ends owed to that,
     a rule with half the error would move it.
     """
-    assert quantization.ranked(quantization.true_two_bit_damage)[0] in ends(quantization)
+    assert quantization.ranked(quantization.true_two_bit_damage)[0] in quantization.ends
 
 
 @claim("T-11.1e", "control")
@@ -185,7 +181,7 @@ def test_the_cliff_lies_between_3_and_2_bits(quantization):
 def test_the_median_layer_loses_5_times_more_at_2_bits(quantization):
     """The median layer loses at least 5 times as many nats at 2 bits as at 3 bits.
 
-    9.4 published, about 10 in a pilot on SmolLM2. The squared weight error grows by 7.8 alone (0.766 and 0.274): most
+    9.1 published, about 10 in a pilot on SmolLM2. The squared weight error grows by 7.8 alone (0.766 and 0.274): most
     of the cliff is the ternary rule.
     """
     assert quantization.two_bit_damage.median() >= 5 * quantization.three_bit_damage.median()
@@ -246,11 +242,12 @@ def test_sensitivity_is_a_u(quantization):
     """Sensitivity at 2 bits is a U: a spike in the first 12 % of the depth, then a rise towards the end.
 
     The spike: the largest of the first layers loses at least 3 times the median of the others. The rise: Spearman with
-    depth over the layers from 0.14 on is positive (published +0.48). 3 is a third of the pilot's ratio (10).
+    depth over the layers from 5/36 of the depth on is positive (published +0.48, layers 5 to 35). 3 is a third of the
+    pilot's ratio (10).
     """
     damage = quantization.two_bit_damage
-    early = quantization.depth < 0.12
-    late = quantization.depth >= 0.5 * (4 + 5) / 36
+    early = quantization.first_layers(FIRST)
+    late = quantization.depth >= 5 / 36
     assert damage[early].max() >= 3 * damage[~early].median()
     assert rank_correlation(damage[late], quantization.depth[late]) > 0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import combinations
+from typing import Self
 
 import numpy as np
 import xarray as xr
@@ -23,7 +25,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "xllamacpp": ("gguf_q4_k", "gguf_q6_k"),
     "gguf": ("gguf_",),
 }
-#: heavy tails move the error of rounding by up to 30 % from its Gaussian value (published: 0.739 to 0.149 / 0.117)
+#: heavy tails move the error of rounding by up to 33 % from its Gaussian value (published: 0.0353 / 0.0265 at 6 bits)
 ERROR_LAW = 0.4
 
 
@@ -32,6 +34,14 @@ class WholeModels(Record):
 
     Dimensions: `method`, `recipe`, `recipe_layerwise`, `permutation`, `memory_method`; sampled over `method_prompt`.
     """
+
+    #: the record that a resample was drawn from: what texts resolve is asked of them, not of a draw
+    _drawn_from: Self | None = None
+
+    def _resampled(self, generators: Mapping[str, np.random.Generator]) -> Self:
+        drawn = super()._resampled(generators)
+        drawn._drawn_from = self
+        return drawn
 
     @cached_property
     def baseline_loss(self) -> xr.DataArray:
@@ -76,9 +86,12 @@ class WholeModels(Record):
     # ---- whole models
 
     def _of_method(self, variable: str, method: str) -> float:
+        return float(self.mean(variable)[self._index_of(method)])
+
+    def _index_of(self, method: str) -> int:
         if method not in self.methods:
             raise NotApplicable(f"the {self.source} record of {self.subject} holds no {method}")
-        return float(self.mean(variable)[self.methods.index(method)])
+        return self.methods.index(method)
 
     @cached_property
     def methods(self) -> list[str]:
@@ -101,32 +114,66 @@ class WholeModels(Record):
         Raises:
             NotApplicable: the record does not hold the method.
         """
-        if method not in self.methods:
-            raise NotApplicable(f"the {self.source} record of {self.subject} holds no {method}")
-        return float(self.method_damages[self.methods.index(method)])
+        return float(self.method_damages[self._index_of(method)])
 
-    def method_half_width(self, method: str) -> float | None:
+    def method_half_width(self, method: str, other: str | None = None) -> float | None:
         """Half the width of the paired 95 % interval of a method's damage [nat/token]; None where nothing was sampled.
+
+        With another method named, of the difference of the two, which read the same texts.
 
         1.96 sqrt(n / (n - 1) sum_r w_r^2 (d_r - d)^2) / sum_r w_r over texts r of w_r tokens: the delta method's
         error of a ratio (Cochran 1977, eq. 6.13), with texts as units, since tokens of a text are correlated.
         """
         if "method_prompt" not in self.sampling_sizes:
             return None
-        losses = self.variable("method_loss").isel(method=self.methods.index(method))
-        rises = (losses - self.variable("method_baseline_loss")).values
+        losses = self.variable("method_loss")
+        before = self.variable("method_baseline_loss") if other is None else losses.isel(method=self._index_of(other))
+        rises = (losses.isel(method=self._index_of(method)) - before).values
         tokens = self.variable("method_scored_tokens").values
         around = tokens * (rises - rises @ tokens / tokens.sum())
         return float(1.96 * np.sqrt(len(rises) / (len(rises) - 1) * (around @ around)) / tokens.sum())
 
+    def damage_interval(self, method: str, other: str | None = None) -> tuple[float, float] | None:
+        """The 95 % interval of a method's damage, or of its difference from another's; None where nothing was sampled.
+
+        Raises:
+            NotApplicable: the record does not hold a method.
+        """
+        half_width = self.method_half_width(method, other)
+        if half_width is None:
+            return None
+        rise = self.method_damage(method) - (self.method_damage(other) if other else 0.0)
+        return rise - half_width, rise + half_width
+
     def require_resolved(self, limit: float, *methods: str) -> None:
-        """Raise NotApplicable if a damage of `limit` [nat/token] cannot be told from none on as many texts."""
-        for method in methods:
-            half_width = self.method_half_width(method)
-            if half_width is not None and half_width > limit:
+        """Raise NotApplicable where texts do not tell whether all methods lose at most `limit` [nat/token].
+
+        The largest damage is at least the largest lower end of their intervals, and at most the largest upper end.
+        Published figures have no texts, and so no interval: they are judged as they are.
+        """
+        intervals = [(self._drawn_from or self).damage_interval(method) for method in methods]
+        known = [interval for interval in intervals if interval is not None]
+        if known:
+            words = f"the {'largest ' * (len(methods) > 1)}rise of the loss under {', '.join(methods)}"
+            low, high = np.max(known, axis=0).tolist()
+            self._require_outside(words, (low, high), limit)
+
+    def require_resolved_difference(self, limit: float, method: str, other: str) -> None:
+        """Raise NotApplicable where texts do not tell whether two methods' damages are within `limit` [nat/token].
+
+        They read the same texts: what is common to both cancels in the interval of the difference, which has a sign.
+        """
+        interval = (self._drawn_from or self).damage_interval(method, other)
+        if interval is not None:
+            self._require_outside(f"the loss under {method} less that under {other}", interval, limit, -limit)
+
+    def _require_outside(self, words: str, interval: tuple[float, float], *limits: float) -> None:
+        low, high = interval
+        for limit in limits:
+            if low <= limit <= high:
                 raise NotApplicable(
-                    f"the loss under {method} is known within {half_width:.2g} nat on {self.subject}, "
-                    f"which does not resolve {limit:.2g}; measure more texts (--budget full)"
+                    f"{words} lies between {low:.2g} and {high:.2g} nat on {self.subject}, which does not tell it "
+                    f"from {limit:.2g}; measure more texts (--budget full)"
                 )
 
     def method_delta_perplexity(self, method: str) -> float:
@@ -161,7 +208,7 @@ class WholeModels(Record):
             )
 
     def noise_damage(self, bits: int) -> float:
-        """Damage of unbiased weight noise as large as the rounding error at a width [nat/token]."""
+        """Damage of unbiased weight noise as large as the rounding error of Gaussian weights at a width [nat/token]."""
         return self.method_damage(f"noise_{bits}")
 
     # ---- recipes
@@ -201,6 +248,24 @@ class WholeModels(Record):
             raise NotApplicable(f"the {self.source} record of {self.subject} holds no widths of {recipe}")
         return np.asarray(self.variable("recipe_bits")[names.index(recipe)])
 
+    def require_different_widths(self, *recipes: str) -> None:
+        """Raise NotApplicable if two of these recipes are one and the same on this model: there is nothing to compare.
+
+        A trim that is blind to protection, and sensitivities that differ, may end in the same widths.
+        """
+        for one, other in combinations(recipes, 2):
+            if np.array_equal(self.recipe_bits(one), self.recipe_bits(other)):
+                raise NotApplicable(f"{one} and {other} give the layers of {self.subject} the same widths")
+
+    @cached_property
+    def different_recipes(self) -> list[str]:
+        """Layerwise recipes, of those that give the same widths the first only."""
+        names = [str(name) for name in self.data["recipe_layerwise"].values]
+        first: dict[tuple[float, ...], str] = {}
+        for name in names:
+            first.setdefault(tuple(self.recipe_bits(name).tolist()), name)
+        return list(first.values())
+
     def weighted_bits(self, recipe: str) -> float:
         """Mean width of a recipe, weighted by parameters [bit]."""
         self.recipe_damage(recipe)  # refuses what the record does not hold
@@ -211,9 +276,13 @@ class WholeModels(Record):
         """Damage of the one-third histogram (3, 4, 5 bits) dealt out at random [permutation], nat/token."""
         return np.asarray(self.mean("permuted_recipe_loss") - self._method_baseline)
 
-    def share_beaten(self, recipe: str) -> float:
-        """Share of random deals of the same histogram that do at least as much damage as the recipe."""
-        return float((self.permuted_damage >= self.recipe_damage(recipe)).mean())
+    def deal_p_value(self, recipe: str) -> float:
+        """How often chance alone does as well: share of random deals of the histogram that lose no more than a recipe.
+
+        The recipe counts as one of the deals, so the value is never 0 (Phipson and Smyth 2010).
+        """
+        as_good = int((self.permuted_damage <= self.recipe_damage(recipe)).sum())
+        return (1 + as_good) / (1 + len(self.permuted_damage))
 
     # ---- memory
 
@@ -222,10 +291,14 @@ class WholeModels(Record):
 
         Published: device memory allocated, less the bfloat16 model that was still resident.
         """
-        names = [str(name) for name in self.variable(self._memory_variable)["memory_method"].values]
-        if method not in names:
+        if method not in self.memory_methods:
             raise NotApplicable(f"the {self.source} record of {self.subject} holds no memory of {method}")
-        return float(self.variable(self._memory_variable)[names.index(method)])
+        return float(self.variable(self._memory_variable)[self.memory_methods.index(method)])
+
+    @cached_property
+    def memory_methods(self) -> list[str]:
+        """Methods whose memory the record holds, `bfloat16` among them."""
+        return [str(name) for name in self.variable(self._memory_variable)["memory_method"].values]
 
     @property
     def _memory_variable(self) -> str:

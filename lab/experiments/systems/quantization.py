@@ -41,6 +41,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 MATRIX_BITS = 2  #: single matrices at 3 bits (as published) lie below what a quick budget resolves
 TYPE_BITS = 3
 WIDTHS_OF_ORACLE = (3, 4, 5)
+FIRST = 0.12  #: share of the depth that the published catastrophic block takes: layers 0 to 3 of 36
 
 
 class Quantization(WholeModels):
@@ -152,6 +153,16 @@ class Quantization(WholeModels):
         """Relative depth [layer]: layer / number of layers."""
         depth: np.ndarray = np.arange(self.n_layers) / self.n_layers
         return depth
+
+    def first_layers(self, share: float) -> np.ndarray:
+        """Whether a layer ends within the first `share` of the depth [layer]: (layer + 1) / L <= share."""
+        within: np.ndarray = (np.arange(self.n_layers) + 1) / self.n_layers <= share
+        return within
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """The layers in the first 12 % of the depth (four of the original's 36), and the last layer."""
+        return {*np.flatnonzero(self.first_layers(FIRST)).tolist(), self.n_layers - 1}
 
     def between(self, profile: xr.DataArray, start: float, stop: float) -> np.ndarray:
         """Entries of a profile [layer] at relative depths in [start, stop], half a layer of slack at either end."""
