@@ -1,5 +1,6 @@
 """Known answers and invariants of contrastive trajectories: pairs, read-outs, divergences and alignment."""
 
+import itertools
 import math
 
 import numpy as np
@@ -311,12 +312,30 @@ def test_commitment_is_the_first_layer_of_the_last_sign():
     assert np.allclose(record.commitment_depths("antonym")[:, 0], np.array([3, 1, 5]) / LAYERS)
 
 
+def test_commitment_by_chance_is_the_mean_over_all_orders():
+    """Of the 24 orders of the first four layers; without disagreement, and with nothing else, all orders are alike."""
+    margins = np.array([[1, -1, 1, 1, 1], [-1, 1, -1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, -1]], float)
+
+    def record_with(rows):
+        made = np.broadcast_to(rows[:, None, None], (len(rows), 3, 2, LAYERS))
+        return made_record(preference_margin=(("family", "contrast", "prefix", "layer"), made))
+
+    shuffled = [
+        record_with(margins[:, [*order, LAYERS - 1]]).commitment_depths("antonym")[:, 0]
+        for order in itertools.permutations(range(LAYERS - 1))
+    ]
+    assert np.allclose(record_with(margins).commitment_by_chance("antonym")[:, 0], np.mean(shuffled, axis=0))
+
+
 def test_layers_at_a_depth():
     """Depth is (l + 1) / L; the upper bound is included, and rounding does not shift it."""
     record = made_record()
     assert list(record.layers(0, 0.4)) == [0, 1]
     assert list(record.layers(0.4)) == [2, 3, 4]
     assert list(record.layers(3 / 5, 4 / 5)) == [3]
+    assert list(record.layers_from(3 / 5, 4 / 5)) == [2, 3]
+    assert list(record.layers_from(0.5, 0.67)) == [2]
+    assert list(record.layers_from(0)) == list(range(LAYERS))
 
 
 def test_resampling_draws_families_and_style_entries():

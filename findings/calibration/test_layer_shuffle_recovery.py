@@ -1,5 +1,6 @@
 """Known answers of layer shuffle recovery: whole measurements, the published figures, derived quantities."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import xarray as xr
 from lab import published
 from lab.errors import NotApplicable, UserError
 from lab.experiments.layers.layer_shuffle_recovery import (
+    CONTENDERS,
     ENSEMBLE,
     METHODS,
     PUBLISHED_METHODS,
@@ -180,6 +182,102 @@ def test_the_plateau_is_the_longest_even_run():
 def test_a_method_that_a_record_lacks_is_not_applicable(source):
     with pytest.raises(NotApplicable, match="holds no block_descent"):
         source.of("kendall_tau", "block_descent")
+
+
+def two_runs(settings=None, **variables):
+    """A made-up record of four layers; fingerprints run forwards and backwards with one error, swaps err in one run.
+
+    Norm gains give (2, 0, 1, 3) in both runs, and what the loss chose has as many inversions.
+    """
+    placed = {
+        "activation_flow": [[0, 2, 1, 3], [3, 1, 2, 0]],
+        "layernorm_progression": [[2, 0, 1, 3], [2, 0, 1, 3]],
+        "pairwise_bubble": [[0, 1, 2, 3], [2, 1, 0, 3]],
+    }
+    others = [method for method in METHODS if method not in placed]
+    positions = np.array([*placed.values(), *([[0, 3, 2, 1]] * 2 for _ in others)])
+    taus = orders.kendall_tau(positions)
+    made = {
+        "recovered_position": variable(("method", "seed", "layer"), positions, "position", "made up"),
+        "kendall_tau": variable(("method", "seed"), taus, "1", "made up"),
+        "seed_kendall_tau": variable(("seed", "selection"), [[1 / 3, 1 / 3]] * 2, "1", "made up"),
+    }
+    coords = {"method": [*placed, *others], "selection": ["blind", "oracle"]}
+    attributes = {"subject": "made-up", "source": "measured", "condition": "quick"}
+    provenance = {"provenance": json.dumps({"settings": settings or {}})}
+    return LayerShuffleRecovery(xr.Dataset(made | variables, coords, attributes | provenance))
+
+
+def test_errors_of_a_chain_are_counted_in_its_own_direction():
+    """Forwards (0, 2, 1, 3) inverts the pair 1, 2 alone; backwards the same pair alone is not inverted."""
+    record = two_runs()
+    assert record.inverted("activation_flow").sum(axis=(1, 2)).tolist() == [1, 5]
+    assert np.argwhere(record.against_its_direction("activation_flow")).tolist() == [[0, 1, 2], [1, 1, 2]]
+
+
+def test_a_search_is_set_against_its_seed_pair_by_pair():
+    """The seed has two pairs wrong; swaps have none in the first run and three in the second."""
+    assert two_runs().extra_inversions("pairwise_bubble").tolist() == [-2, 1]
+
+
+def test_the_best_candidate_may_run_backwards():
+    """Fingerprints have one error in either run: |tau| 2 / 3, where norm gains have 1 / 3 forwards."""
+    assert two_runs().best_candidate_tau == pytest.approx([2 / 3, 2 / 3])
+
+
+def test_held_out_losses_of_every_run_are_weighted_by_tokens():
+    dims = ("contender", "seed", "prompt")
+    losses = np.arange(len(CONTENDERS) * 4.0).reshape(len(CONTENDERS), 2, 2)
+    record = two_runs(
+        heldout_loss=variable(dims, losses, "nat/token", "made up"),
+        scored_tokens=variable("prompt", [30, 10], "token", "made up"),
+    )
+    expected = losses @ [0.75, 0.25]
+    assert np.allclose(record.heldout_losses, expected)
+    summary = LayerShuffleRecovery(record.summary().assign_attrs(record.data.attrs))
+    assert np.allclose(summary.heldout_losses, expected.mean(1, keepdims=True))
+
+
+def enough_tokens(record):
+    """Guard of a claim that needs a thousand tokens."""
+    record.require_calibration_tokens(1000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "guard", "reason"),
+    [
+        ({"bubble_sweeps": 1, "reach": None}, LayerShuffleRecovery.require_whole_searches, "bubble_sweeps 1"),
+        ({"bubble_sweeps": None, "reach": 2}, LayerShuffleRecovery.require_whole_searches, "reach 2"),
+        ({"stages": [[1, 20], [1, 32]]}, enough_tokens, "52 tokens decide"),
+        ({"random_passes": 2}, LayerShuffleRecovery.require_passes_from_anywhere, "2 adjacent passes"),
+    ],
+)
+def test_bounds_of_a_budget_are_named(settings, guard, reason):
+    record = two_runs(settings)
+    with pytest.raises(NotApplicable, match=reason):
+        guard(record)
+
+
+def test_a_budget_without_bounds_is_judged(source):
+    for settings in ({"random_passes": 3, "stages": [[8, 125]]}, {"random_passes": None}):
+        record = two_runs({"bubble_sweeps": None, "reach": None} | settings)
+        for one in (record, source):
+            one.require_whole_searches()
+            one.require_calibration_tokens(1000)
+            one.require_passes_from_anywhere()
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(18, 0.68), (24, 0.56), (30, 0.48)])
+def test_five_passes_over_neighbours_do_not_sort_a_random_order(layers, expected):
+    """What LSR-10 says of its bound: mean tau of comparisons that are never wrong."""
+    generator = np.random.default_rng(0)
+    found = np.array([generator.permutation(layers) for _ in range(1000)])
+    for _ in range(5):
+        for at in range(layers - 1):
+            found[:, at : at + 2] = np.sort(found[:, at : at + 2], axis=1)
+    taus = orders.kendall_tau(found)
+    assert taus.mean() == pytest.approx(expected, abs=0.02)
+    assert (taus < 0.3).mean() <= 0.07
 
 
 def test_neighbour_z_is_that_of_prompt_means():

@@ -133,7 +133,67 @@ def test_sweeps_and_repetitions():
     with pytest.raises(NotApplicable, match="1 of the three seeds"):
         _ = planted(seeds=(0,)).spread_of_repetitions
     exact = planted()
-    assert exact.smallest_contrast == pytest.approx(0)  # A and F raise the loss of text alike
+    assert exact.smallest_contrast() == pytest.approx(0)  # A and F raise the loss of text alike
+    assert exact.smallest_contrast(AGGRESSIVE) == pytest.approx(0.29)  # A and H alone: 0.3 and 0.01
+    assert record.rate_of_repetitions == GENTLE
+
+
+def test_published_repetitions_are_set_against_contrasts_of_their_own_rate():
+    record = SpectralPeft(published.dataset("spectral_peft"))
+    assert record.rate_of_repetitions == AGGRESSIVE
+    assert record.spread_of_repetitions == pytest.approx(np.log(5.13 / 4.85), abs=1e-6)
+    assert record.smallest_contrast(AGGRESSIVE) == pytest.approx(np.log(5.13 / 4.89))
+
+
+def answered(before, after, split="ood"):
+    """A planted record with so many problems of a split right before training and in every run."""
+    record = planted()
+    data, right = record.data, np.arange(PROBLEMS)
+    name, grid = f"{split}_accuracy", record.variable(f"{split}_accuracy")
+    runs = xr.where(np.isnan(grid), np.nan, xr.DataArray((right < after).astype(float), dims=f"{split}_problem"))
+    base = data[f"base_{name}"].copy(data=(right < before).astype(float))
+    return SpectralPeft(data.assign({name: runs.transpose(*grid.dims), f"base_{name}": base}))
+
+
+@pytest.mark.parametrize(
+    ("split", "before", "after", "applies"),
+    [
+        ("ood", 20, 19, True),  # all lost one alike: that they keep the rest is a finding
+        ("ood", 20, 2, True),
+        ("ood", 20, 1, False),
+        ("ood", 1, 0, True),  # nothing to lose
+        ("id", 1, 30, True),
+        ("id", 0, 30, False),
+        ("id", 20, 0, True),  # in distribution the style is what is trained
+    ],
+)
+def test_accuracy_that_tells_of_style_is_not_judged(split, before, after, applies):
+    record = answered(before, after, split)
+    if applies:
+        record.require_accuracy_of_skill(split)
+        return
+    with pytest.raises(NotApplicable, match="accuracy would tell of style"):
+        record.require_accuracy_of_skill(split)
+
+
+def test_published_answers_are_judged_by_their_number():
+    record = SpectralPeft(published.dataset("spectral_peft"))
+    for split in ("id", "ood"):
+        record.require_accuracy_of_skill(split)
+
+
+def test_seconds_of_every_seed():
+    record = planted()
+    grid = record.data["train_seconds"].copy()
+    grid.loc[{"rate": GENTLE, "configuration": "A"}] = [30, 20, 10]
+    timed = SpectralPeft(record.data.assign(train_seconds=grid))
+    assert timed.train_seconds_by_seed("A").tolist() == [30, 20, 10]
+    assert timed.train_seconds("A") == 20
+    assert timed.train_seconds_by_seed("H").tolist() == [10, 10, 10]
+    with pytest.raises(NotApplicable, match="has no B"):
+        timed.train_seconds_by_seed("B")
+    source = SpectralPeft(published.dataset("spectral_peft"))
+    assert source.train_seconds_by_seed("A").tolist() == [source.train_seconds("A")]
 
 
 def test_ranks_and_ratios_by_region():

@@ -1,8 +1,9 @@
 """T-17 contrastive trajectories: two answers at their pivot, as vectors.
 
 How their next-token distributions diverge is in test_contrastive_trajectories_divergence.py, what the kind of
-difference does in test_contrastive_trajectories_relationships.py, and other experiments are drawn in in
-test_contrastive_trajectories_elsewhere.py.
+difference does in test_contrastive_trajectories_relationships.py. Other experiments come in through
+test_contrastive_trajectories_geometry.py (T-4), test_contrastive_trajectories_linearity.py (T-7) and
+test_contrastive_trajectories_swaps.py (T-3).
 
 Published figures are means over unmatched pairs of 111 groups; measured subjects read matched families. Slot -1 is the
 embedding, slot l the residual stream after layer l; depth is (l + 1) / L.
@@ -189,9 +190,23 @@ def test_antonyms_have_an_onset(contrastive_trajectories):
 def test_the_choice_is_made_in_the_second_half(contrastive_trajectories):
     """Before the pivot, the preference between anchor and antonym settles in the second half of the depth (median).
 
-    What an onset should mean: from this layer on the sign of ln p(anchor) - ln p(antonym) no longer changes.
+    What an onset should mean: from this layer on the sign of ln p(anchor) - ln p(antonym) no longer changes. A late
+    median alone is no sign of a choice: with 30 layers random signs, each layer's independent of the others', settle at
+    0.98, and those of a random walk at about 0.4. T-17.30d sets it against the former.
     """
     assert np.median(contrastive_trajectories.commitment_depths("antonym")) > 0.5
+
+
+@claim("T-17.30d", "control")
+def test_the_choice_is_kept_longer_than_by_chance(contrastive_trajectories):
+    """Before the pivot, the preference settles earlier than if the layers before the last were in random order (mean).
+
+    Each family keeps the number of layers that disagree with its last one. If it failed, "settles" would mean no more
+    than that the last layers happen to agree. It excludes signs that are independent from layer to layer, and not a
+    slow drift of the margin without a choice, which passes as well.
+    """
+    by_chance = contrastive_trajectories.commitment_by_chance("antonym")
+    assert contrastive_trajectories.commitment_depths("antonym").mean() < by_chance.mean()
 
 
 @claim("T-17.30c", "hypothesis")
@@ -218,7 +233,7 @@ def test_shared_antonyms_are_more_alike_than_strangers(contrastive_trajectories,
     """Behind a shared stem, antonyms are more alike than words of other prompts, by 0.15 from 10 to 95 % of the depth.
 
     A raw cosine is ruled by the direction that all residual streams share. The excess over other prompts is what the
-    context leaves; with T-4's mean cosine it is 0.24 to 0.37 on the original.
+    context leaves; with T-4's mean cosine it is 0.24 to 0.37 on the original (T-17.22c).
     """
     contrastive_trajectories.require_depth(layer, 0.1, 0.95)
     assert contrastive_trajectories.cosine_excess("antonym", "shared")[layer + 1] > 0.15

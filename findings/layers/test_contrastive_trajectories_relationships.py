@@ -153,12 +153,12 @@ def test_antonyms_diverge_more_at_the_turn(contrastive_trajectories, layer):
 def test_antonyms_diverge_more_beyond_the_middle(contrastive_trajectories):
     """Between half and two thirds of the depth, complete antonyms diverge more than synonyms, by a fifth at some layer.
 
-    Over both prefixes and significantly, with p < 0.05 after correction for all layers. The only effect of the
-    relationship that every cut of the source's data shows; "complete" means that words are whole, as in measured
-    families.
+    Half of the depth included, over both prefixes and significantly, with p < 0.05 after correction for all layers. The
+    only effect of the relationship that every cut of the source's data shows; "complete" means that words are whole, as
+    in measured families.
     """
     record = contrastive_trajectories
-    layers = record.layers(0.5, 0.67)
+    layers = record.layers_from(0.5, 0.67)
     values, kinds, _, _ = record.pairs(complete=True)
     ratio = values[kinds == "antonym"].mean(0) / values[kinds == "synonym"].mean(0)
     assert ratio[layers].max() > 1.2

@@ -57,8 +57,10 @@ def test_layer_shuffle_recovery_matches_snapshot(layer_shuffle_recovery, snapsho
 def test_swaps_recover_the_order_perfectly(layer_shuffle_recovery):
     """Swap refinement from a good seed recovers the order perfectly.
 
-    Published as 28 of 28 layers. In every run, for a mean of 1 is 1 in each.
+    Published as 28 of 28 layers. In every run, for a mean of 1 is 1 in each. What swaps leave wrong can be held against
+    them where nothing cuts them short.
     """
+    layer_shuffle_recovery.require_whole_searches()
     assert layer_shuffle_recovery.of("kendall_tau", "pairwise_bubble") == 1
 
 
@@ -66,8 +68,10 @@ def test_swaps_recover_the_order_perfectly(layer_shuffle_recovery):
 def test_swaps_recover_the_order_from_a_good_seed(layer_shuffle_recovery):
     """From a seed of tau 0.9 or better, swap refinement reaches 0.95 in every run.
 
-    Perfection depends on how much text decides: neighbours that are cheap to exchange need a thousand tokens.
+    Perfection depends on how much text decides: neighbours that are cheap to exchange need a thousand tokens. Judged
+    where nothing cuts the search short.
     """
+    layer_shuffle_recovery.require_whole_searches()
     assert layer_shuffle_recovery.from_good_seeds("pairwise_bubble", 0.9).min() >= 0.95
 
 
@@ -76,8 +80,11 @@ def test_what_swaps_leave_wrong_is_a_failure_of_the_search(layer_shuffle_recover
     """Where swaps end in a wrong order, the true order has a lower loss on the very text that decided.
 
     Then the search is at fault, and a better one would find it; else the optimum itself is wrong. Claimed of runs that
-    end in a wrong order.
+    end in a wrong order. With few tokens a wrong optimum is a matter of too little text, and a search that is cut short
+    fails for that alone: judged where a thousand tokens decide, which the pilots needed, and nothing cuts the search.
     """
+    layer_shuffle_recovery.require_whole_searches()
+    layer_shuffle_recovery.require_calibration_tokens(1000)
     wrong = layer_shuffle_recovery.runs("kendall_tau", "pairwise_bubble") < 1
     true = layer_shuffle_recovery.calibration_loss("true_order")
     if not wrong.any():
@@ -138,8 +145,10 @@ def test_the_ranking_carries_over(layer_shuffle_recovery):
     """The ranking agrees with the published one: Kendall's W of the two of at least 0.75.
 
     For two rankings W = (1 + rho) / 2, so rho >= 0.5: half-way between no relation and identity. If it failed, which
-    method is good would be a property of the model.
+    method is good would be a property of the model. The published record would be compared with itself.
     """
+    if layer_shuffle_recovery.source == "published":
+        not_applicable("the published ranking would be compared with itself")
     taus = [layer_shuffle_recovery.of("kendall_tau", method) for method in RANKED]
     published = -np.arange(len(RANKED), dtype=float)
     published[1] = published[0]  # two at tau 1
@@ -167,11 +176,13 @@ def test_construction_by_loss_finds_less_than_three_quarters_of_the_pairs(layer_
 
 @claim("LSR-9c", "control")
 def test_construction_by_loss_is_better_than_chance(layer_shuffle_recovery):
-    """Failing or not, its order is beyond chance at 5 %.
+    """Failing or not, its order is better than chance at 5 %.
 
-    p = 0.02 in the source's run. Of the first run, for a mean over runs has a smaller deviation than one.
+    p = 0.02 in the source's run. Of the first run, for a mean over runs has a smaller deviation than one. Nothing turns
+    what construction gives, so an order that runs backwards is no better than chance, however far from it.
     """
     first = layer_shuffle_recovery.runs("kendall_tau", "greedy_perplexity")[0]
+    assert first > 0
     assert chance_p_value(first, layer_shuffle_recovery.n_layers) < 0.05
 
 
@@ -179,14 +190,22 @@ def test_construction_by_loss_is_better_than_chance(layer_shuffle_recovery):
 def test_swaps_fail_without_a_good_seed(layer_shuffle_recovery):
     """From a random order, swaps by loss stay below a tau of 0.3.
 
-    Stated without data: the only published search without a seed, construction, has 0.3016. Median over runs.
+    Stated without data: the only published search without a seed, construction, has 0.3016. Median over runs. The
+    search here is not the published one but five passes over neighbours. Its bound: comparisons that are never wrong
+    reach a mean tau of 0.48 with 30 layers, 0.56 with 24 and 0.68 with 18, and stay below 0.3 in one run of twenty, or
+    fewer. So less than 0.3 tells of the loss.
     """
     assert np.median(layer_shuffle_recovery.variable("random_start_tau")) < 0.3
 
 
 @claim("LSR-10b", "corrected")
 def test_swaps_from_a_random_order_stay_below_a_half(layer_shuffle_recovery):
-    """From a random order, adjacent swaps by loss stay below a tau of 0.5; median over runs."""
+    """From a random order, adjacent swaps by loss stay below a tau of 0.5; median over runs.
+
+    Judged where the passes would suffice to sort any order. In five passes over 30 layers comparisons that are never
+    wrong stay below 0.5 more often than not (LSR-10), and the claim would hold whatever the loss said.
+    """
+    layer_shuffle_recovery.require_passes_from_anywhere()
     assert np.median(layer_shuffle_recovery.variable("random_start_tau")) < 0.5
 
 
@@ -206,7 +225,8 @@ def test_annealing_could_not_come_back(layer_shuffle_recovery):
     """The reason: the hot phase moves layers away, and annealing cannot find back to where it began.
 
     The algorithm says otherwise: it returns the order of lowest loss that it met. It never ends above where it began,
-    so what it returns it preferred; LSR-12b.
+    so what it returns it preferred; LSR-12b. No loss of the published run is known: of it the verdict follows from this
+    rule alone.
     """
     assert not layer_shuffle_recovery.annealing_ended_lower.any()
 
@@ -216,7 +236,8 @@ def test_annealing_ends_at_a_lower_loss(layer_shuffle_recovery):
     """What annealing returns, if not its seed, has a lower loss on its own text than the seed has.
 
     By the rule that the lowest loss met is returned. A worse order with a lower loss means that too little text
-    decided, LSR-13.
+    decided, LSR-13. True of the published run by that rule, for its losses are not known; measured runs test the
+    program.
     """
     elsewhere = layer_shuffle_recovery.runs("kendall_tau", "simulated_annealing") != layer_shuffle_recovery.seed_tau
     if layer_shuffle_recovery.has("annealing_end_loss"):  # another order may have as many inversions
@@ -246,12 +267,13 @@ def test_a_lower_loss_does_not_make_a_better_order(layer_shuffle_recovery):
 
 @claim("LSR-13b", "control")
 def test_the_true_order_wins_on_other_text(layer_shuffle_recovery):
-    """On text that no search has read, no recovered order has a lower loss than the true one.
+    """On text that no search has read, no order recovered in any run has a lower loss than the true one.
 
-    If it failed, the loss would not identify the order, and no search could be blamed or praised.
+    If it failed, the loss would not identify the order, and no search could be blamed or praised. Every run for itself:
+    a mean over runs would let one wrong order win behind two that lose.
     """
-    losses = layer_shuffle_recovery.heldout_loss
-    assert losses.sel(contender="true_order") <= losses.min()
+    losses = layer_shuffle_recovery.heldout_losses
+    assert losses[CONTENDERS.index("true_order")].max() <= losses.min()
 
 
 # ---- measures of success
@@ -307,14 +329,21 @@ def test_the_method_beats_sorting_by_norm(layer_shuffle_recovery, method):
 def test_the_loss_chooses_a_seed_as_good_as_the_truth_would(layer_shuffle_recovery):
     """The chain of lowest loss is as good a beginning as the one chosen by the truth, within a tau of 0.05.
 
-    The source chose by the truth, which a solver does not have. Mean over runs; 0.05 is 10 of 435 pairs of 30 layers.
+    The source chose by the truth, which a solver does not have, and among chains as norms turn them. The loss may turn
+    a chain, so the truth may here, too: its choice is the chain of largest |tau| in either direction. Mean over runs;
+    0.05 is 10 of 435 pairs of 30 layers.
     """
-    chosen = {name: layer_shuffle_recovery.chosen_seed_tau(name).mean() for name in ("blind", "oracle")}
-    assert chosen["blind"] >= chosen["oracle"] - 0.05
+    blind = layer_shuffle_recovery.chosen_seed_tau("blind").mean()
+    assert blind >= layer_shuffle_recovery.best_candidate_tau.mean() - 0.05
 
 
 @claim("LSR-36", "control")
 @pytest.mark.parametrize("method", SEEDED)
 def test_the_search_improves_on_its_seed(layer_shuffle_recovery, method):
-    """What a search makes of its seed is a better order than the seed, or as good a one; mean over runs."""
-    assert layer_shuffle_recovery.of("kendall_tau", method) >= layer_shuffle_recovery.seed_tau.mean()
+    """In every run a search makes of its seed an order that is no worse, but for one exchange of neighbours.
+
+    One pair more in the wrong order is tau's least step, an exchange of neighbours, and there are neighbours whose
+    exchange the loss does not notice (LSR-31): between these a search by loss has no choice to get wrong. A control of
+    ours; the source says of annealing that it fails here (LSR-11).
+    """
+    assert layer_shuffle_recovery.extra_inversions(method).max() <= 1

@@ -9,7 +9,8 @@ from lab.experiments.layers.layer_shuffle_recovery import (
     PROBE_METHODS,
     WEIGHT_METHODS,
 )
-from lab.statistics.orders import chance_p_value
+from lab.statistics.orders import chance_deviation, chance_p_value
+from lab.statistics.proportions import NORMAL_95
 
 ORIGINAL = "qwen3-1.7b"
 TEXTLESS = (*WEIGHT_METHODS, *PROBE_METHODS)
@@ -99,9 +100,13 @@ def test_the_directed_test_is_right_in_less_than_four_fifths_of_the_pairs(layer_
 
 @claim("LSR-22c", "control")
 def test_the_directed_test_is_better_than_chance(layer_shuffle_recovery):
-    """Weak or not, its order is beyond chance at 5 %, in every run and with two directions to choose from."""
+    """Weak or not, its order is beyond chance at 5 %, in every run and with two directions to choose from.
+
+    Judged by |tau|: in the end the method turns its order by norms, as chains are turned, so that the sign of tau tells
+    of norms (LSR-25) and not of the test. How far the test itself is right is LSR-22b.
+    """
     taus = layer_shuffle_recovery.runs("kendall_tau", "causal_pairwise")
-    assert chance_p_value(min(taus), layer_shuffle_recovery.n_layers) < 0.05
+    assert chance_p_value(min(abs(taus)), layer_shuffle_recovery.n_layers) < 0.05
 
 
 # ---- norms
@@ -124,7 +129,8 @@ def test_norms_have_a_plateau(layer_shuffle_recovery):
 def test_half_of_the_layers_lie_on_a_plateau_of_norms(layer_shuffle_recovery):
     """At least half of the layers, in one run, have norms within 10 % of each other.
 
-    The source's plateau has 17 of 28 layers, with norms within 7 %.
+    The source's plateau has 17 of 28 layers, with norms within 7 %. No norm per layer is published: of its record the
+    share is that of the plateau as its text names it, true by that word.
     """
     flat = layer_shuffle_recovery.plateau
     if layer_shuffle_recovery.source == "published":
@@ -203,14 +209,14 @@ def test_norms_rise_with_depth(layer_shuffle_recovery):
 
 @claim("LSR-25c", "hypothesis")
 def test_the_loss_tells_the_direction(layer_shuffle_recovery):
-    """Turned by two losses instead of norms, every chain with |tau| of at least 0.3 runs forwards, in every run.
+    """Turned by two losses instead of norms, every chain that is beyond chance runs forwards, in every run.
 
-    0.3 is beyond what a random chain has in 95 % of all cases.
+    Beyond chance is a |tau| that 95 % of random orders do not reach: 0.34 for 18 layers, 0.25 for 30.
     """
     turned = np.concatenate(list(layer_shuffle_recovery.turned_by_loss.values()))
-    clear = turned[abs(turned) >= 0.3]
+    clear = turned[abs(turned) >= NORMAL_95 * chance_deviation(layer_shuffle_recovery.n_layers)]
     if not len(clear):
-        not_applicable("no chain has a tau of 0.3 in either direction")
+        not_applicable("no chain has a tau beyond chance in either direction")
     assert clear.min() > 0
 
 
@@ -327,6 +333,11 @@ def test_methods_that_read_weights_do_not_see_the_shuffle(layer_shuffle_recovery
 
     All runs have the same weights and each its own shuffle. Only exact ties tell slots apart: where mean positions of
     the ensemble's parts tie, layers stand in any order; else in that of their mean positions.
+
+    It fails on Qwen2.5 for the Fiedler order alone, and by near ties. Layer 0 has such statistics there that the graph
+    falls apart (second eigenvalue 1e-12): the vector singles it out, all other entries lie within 1e-8, most within
+    1e-13, and rounding puts their layers in order. Entries are not recorded, so near ties cannot be told from others
+    and are not exempt; what the Fiedler order says of that model is rounding.
     """
     if len(layer_shuffle_recovery.seed_tau) < 2:
         not_applicable("there is one run")

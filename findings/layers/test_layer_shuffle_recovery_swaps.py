@@ -31,12 +31,13 @@ def test_the_true_order_is_a_strict_local_optimum(layer_shuffle_recovery):
 def test_pairs_that_are_cheap_to_swap_are_confused(layer_shuffle_recovery, layer_swap_cost):
     """Neighbours that are cheap to exchange are those that fingerprints put in the wrong order.
 
-    Spearman's correlation over neighbours of what their swap costs (T-3) with being inverted, in any run, is negative.
-    A sign only: few pairs are inverted.
+    Spearman's correlation over neighbours of what their swap costs (T-3) with being confused, in any run, is negative.
+    A sign only: few pairs are. Confused is what stands against the chain's own direction: one that runs backwards as a
+    whole inverts nearly all pairs and confuses few.
     """
-    inverted = layer_shuffle_recovery.inverted("activation_flow").mean(axis=0)
-    confused = np.diagonal(inverted, offset=1)
+    wrong = layer_shuffle_recovery.against_its_direction("activation_flow").mean(axis=0)
+    confused = np.diagonal(wrong, offset=1)
     if not 0 < confused.sum() < len(confused):
-        not_applicable("fingerprints invert all neighbours alike")
+        not_applicable("fingerprints confuse all neighbours alike")
     costs = layer_swap_cost.at(layer_swap_cost.cost, layer_swap_cost.neighbours)
     assert rank_correlation(costs, confused) < 0

@@ -4,6 +4,10 @@ A is uniform, B has ranks by phase, F leaves out the bottleneck, H adapts the la
 200 problems of either kind: differences below 8 points are within its noise, so nearly every published contrast stands
 beside a control that asks whether it could be significant at all. Siblings in nats of the digits of results resolve
 more, and compare allocations of equal size, which the source does not.
+
+Measured accuracy asks for every token of a solution, its style included. Claims about it do not apply where style alone
+decides: gains in distribution of a model that has no annotated solution right before training, and all of accuracy out
+of distribution where no trained configuration writes a plain solution any more. Siblings in nats are not concerned.
 """
 
 import numpy as np
@@ -31,17 +35,22 @@ def test_every_configuration_improves_in_distribution(spectral_peft):
 
     Published +1.0, +1.5, +3.5 and +1.5 points for A, B, F and H.
     """
+    spectral_peft.require_accuracy_of_skill("id")
     assert min(spectral_peft.gain("id", name) for name in spectral_peft.trained()) > 0
 
 
 @claim("T-18.1b", "control")
 def test_an_improvement_is_significant(spectral_peft):
-    """At least one configuration's improvement in distribution is significant (5 %, exact test).
+    """At least one configuration's improvement in distribution is significant (exact test, 5 % over all of them).
 
-    Published p = 0.87, 0.74, 0.29 and 0.74 by Fisher's test on the counts. Holm's bound for four would ask for more.
+    The smallest p of several is held to Holm's bound for it, 0.05 over their number. Published p = 0.87, 0.74, 0.29 and
+    0.74 by Fisher's test on the counts. Measured p-values are those of seed 0 alone.
     """
-    improved = [name for name in spectral_peft.trained() if spectral_peft.gain("id", name) > 0]
-    assert min((spectral_peft.p_value("id", name) for name in improved), default=1.0) < SIGNIFICANT
+    spectral_peft.require_accuracy_of_skill("id")
+    trained = spectral_peft.trained()
+    improved = [name for name in trained if spectral_peft.gain("id", name) > 0]
+    smallest = min((spectral_peft.p_value("id", name) for name in improved), default=1.0)
+    assert smallest < SIGNIFICANT / len(trained)
 
 
 @claim("T-18.1c", "hypothesis")
@@ -60,6 +69,7 @@ def test_no_configuration_forgets(spectral_peft):
     Published -1.0, +1.5, 0.0, +1.0 points and perplexities of 3.53 to 3.58 against 3.66. These cover template and
     prompt, which hold 96 % of that loss: they say little of completions.
     """
+    spectral_peft.require_accuracy_of_skill("ood")
     trained = spectral_peft.trained()
     assert min(spectral_peft.gain("ood", name) for name in trained) >= -2
     assert max(spectral_peft.perplexity(name) for name in trained) <= spectral_peft.perplexity()
@@ -95,6 +105,7 @@ def test_phase_aware_ranks_are_best_out_of_distribution(spectral_peft):
 
     Published 80.5 % against 78.0, 79.0 and 80.0.
     """
+    spectral_peft.require_accuracy_of_skill("ood")
     gains = {name: spectral_peft.gain("ood", name) for name in spectral_peft.trained()}
     if "B" not in gains:
         not_applicable("B was not trained at its own budget")
@@ -133,17 +144,20 @@ def test_phase_aware_ranks_beat_uniform_ones(spectral_peft):
     Published +0.5 and +2.5 points.
     """
     assert spectral_peft.gain("id", "B", "A") > 0
+    spectral_peft.require_accuracy_of_skill("ood")
     assert spectral_peft.gain("ood", "B", "A") > 0
 
 
 @claim("T-18.4b", "control")
 def test_phase_aware_ranks_beat_uniform_ones_significantly(spectral_peft):
-    """B's lead over A is significant on at least one kind of problems (5 %, exact test).
+    """B's lead over A is significant on at least one kind of problems (exact test, 5 % over both).
 
-    Published p = 1.0 and 0.62; 80 % power would take 750 to 1,250 problems.
+    The smaller p of two is held to Holm's bound for it, 0.025. Published p = 1.0 and 0.62; 80 % power would take 750 to
+    1,250 problems. Measured p-values are those of seed 0 alone.
     """
+    spectral_peft.require_accuracy_of_skill("ood")
     leads = [split for split in ("id", "ood") if spectral_peft.gain(split, "B", "A") > 0]
-    assert min((spectral_peft.p_value(split, "B", "A") for split in leads), default=1.0) < SIGNIFICANT
+    assert min((spectral_peft.p_value(split, "B", "A") for split in leads), default=1.0) < SIGNIFICANT / 2
 
 
 @claim("T-18.4c", "control")
@@ -224,10 +238,12 @@ def test_matched_budgets_are_equal(spectral_peft, configuration):
 def test_initialisation_is_no_larger_than_what_is_claimed(spectral_peft):
     """Repetitions of one configuration differ by less than the configurations do, in the logarithm of the perplexity.
 
-    The source trained F twice at the aggressive rate, with different initialisations: perplexities of 4.85 and 5.13,
-    while its configurations differ by as little as 0.5 %. Measured: the standard deviation over three seeds of A.
+    At one and the same rate. The source trained F twice at the aggressive rate, with different initialisations:
+    perplexities of 4.85 and 5.13, a difference of 0.056, while A and F differ by 0.048 there. Measured: the standard
+    deviation over three seeds of A at the gentle rate.
     """
-    assert spectral_peft.spread_of_repetitions < spectral_peft.smallest_contrast
+    smallest = spectral_peft.smallest_contrast(spectral_peft.rate_of_repetitions)
+    assert spectral_peft.spread_of_repetitions < smallest
 
 
 @claim("T-18.27", "published")
@@ -242,11 +258,25 @@ def test_training_the_last_layers_is_twice_as_fast(spectral_peft):
     assert spectral_peft.train_seconds("A") / spectral_peft.train_seconds("H") >= 1.8
 
 
+@claim("T-18.27c", "corrected")
+def test_training_the_last_layers_is_faster_in_every_run(spectral_peft):
+    """Training the last layers alone is faster in every run: A takes 1.5 times as long as H with the same seed.
+
+    The bound of the generalisation, on a GPU. A seed sets the batches, so A and H of one seed read the same text. The
+    worst of the seeds and not their mean, which one slow run may carry.
+    """
+    if "cpu" in spectral_peft.provenance["settings"].get("trained_on", ()):
+        not_applicable("adapters were trained on a CPU, whose cores other work shares")
+    whole, last = (spectral_peft.train_seconds_by_seed(name) for name in ("A", "H"))
+    assert (whole / last).min() >= 1.5
+
+
 @claim("T-18.27b", "hypothesis")
 def test_keeping_the_frozen_prefix_makes_it_faster_still(spectral_peft):
     """With the output of the layers below the first adapter kept, A takes 2.5 times as long as H, or more.
 
-    H then runs 9 of 30 layers.
+    H then runs 9 of 30 layers. No run could judge it so far: training here keeps no outputs of the prefix, which its
+    records say in `prefix_kept`.
     """
     if not spectral_peft.provenance["settings"].get("prefix_kept"):
         not_applicable("these runs keep nothing of the layers below the first adapter")

@@ -1,4 +1,7 @@
-"""T-18 spectral-guided PEFT at two learning rates: forgetting, and whether the rate or the choice of layers decides."""
+"""T-18 spectral-guided PEFT at two learning rates: forgetting, and whether the rate or the choice of layers decides.
+
+Accuracy is judged where it tells of skill and not of style, see test_spectral_peft.py.
+"""
 
 import numpy as np
 
@@ -17,6 +20,7 @@ def test_the_standard_rate_makes_uniform_adapters_forget(spectral_peft):
 
     Published -24.0 points, -9.0 in distribution, and a perplexity of 4.89.
     """
+    spectral_peft.require_accuracy_of_skill("ood")
     assert spectral_peft.gain("ood", "A", rate=AGGRESSIVE) <= -SEVERE
 
 
@@ -24,8 +28,11 @@ def test_the_standard_rate_makes_uniform_adapters_forget(spectral_peft):
 def test_the_loss_at_the_standard_rate_is_significant(spectral_peft):
     """What A loses at the aggressive rate is significant on both kinds of problems (5 %, exact test).
 
-    Published p = 0.017 and 5e-7.
+    Published p = 0.017 and 5e-7. Both must be below 5 %, so no correction is due. Measured p-values are those of seed 0
+    alone.
     """
+    spectral_peft.require_accuracy_of_skill("id")
+    spectral_peft.require_accuracy_of_skill("ood")
     assert max(spectral_peft.gain(split, "A", rate=AGGRESSIVE) for split in ("id", "ood")) < 0
     assert max(spectral_peft.p_value(split, "A", rate=AGGRESSIVE) for split in ("id", "ood")) < SIGNIFICANT
 
@@ -43,6 +50,7 @@ def test_all_configurations_forget_at_the_standard_rate(spectral_peft):
 
     Published -24.0, -25.5 and -23.5 for A, B and F, but -5.5 for H.
     """
+    spectral_peft.require_accuracy_of_skill("ood")
     losses = [spectral_peft.gain("ood", name, rate=AGGRESSIVE) for name in spectral_peft.trained(AGGRESSIVE)]
     assert max(losses) <= -SEVERE
 
@@ -53,6 +61,7 @@ def test_all_but_the_last_layers_forget_at_the_standard_rate(spectral_peft):
 
     H's loss of 5.5 points has p = 0.24, and its perplexity is 3.68 against 3.66.
     """
+    spectral_peft.require_accuracy_of_skill("ood")
     losses = {name: spectral_peft.gain("ood", name, rate=AGGRESSIVE) for name in spectral_peft.trained(AGGRESSIVE)}
     assert losses.pop("H") > -SEVERE
     assert max(losses.values()) <= -SEVERE
@@ -64,6 +73,7 @@ def test_all_configurations_lose_in_distribution_at_the_standard_rate(spectral_p
 
     Published p = 0.008 to 0.024: the last layers alone do not protect the task itself.
     """
+    spectral_peft.require_accuracy_of_skill("id")
     trained = spectral_peft.trained(AGGRESSIVE)
     assert max(spectral_peft.gain("id", name, rate=AGGRESSIVE) for name in trained) < 0
     assert max(spectral_peft.p_value("id", name, rate=AGGRESSIVE) for name in trained) < SIGNIFICANT
@@ -85,6 +95,7 @@ def test_the_last_layers_forget_least(spectral_peft):
 
     Published 73.5 against 53.5 to 55.5 %.
     """
+    spectral_peft.require_accuracy_of_skill("ood")
     others = [name for name in spectral_peft.trained(AGGRESSIVE) if name != "H"]
     assert min(spectral_peft.gain("ood", "H", name, AGGRESSIVE) for name in others) >= SEVERE
 
@@ -95,6 +106,7 @@ def test_the_lead_of_the_last_layers_is_significant(spectral_peft):
 
     Published p below 2.5e-4 each.
     """
+    spectral_peft.require_accuracy_of_skill("ood")
     others = [name for name in spectral_peft.trained(AGGRESSIVE) if name != "H"]
     assert min(spectral_peft.gain("ood", "H", name, AGGRESSIVE) for name in others) > 0
     assert max(spectral_peft.p_value("ood", "H", name, AGGRESSIVE) for name in others) < SIGNIFICANT
@@ -127,6 +139,7 @@ def test_the_ranking_reverses_at_the_gentle_rate(spectral_peft):
 
     It is -0.2 in the published run.
     """
+    spectral_peft.require_accuracy_of_skill("ood")
     gentle, aggressive = (
         np.array([spectral_peft.gain("ood", name, rate=rate) for name in spectral_peft.both_rates])
         for rate in (GENTLE, AGGRESSIVE)
@@ -151,6 +164,7 @@ def test_the_rate_matters_more_than_the_layers(spectral_peft):
 
     Published 20.0 points over the rates, 11.3 over configurations.
     """
+    spectral_peft.require_accuracy_of_skill("ood")
     rate = np.mean([spectral_peft.rate_effect(name) for name in spectral_peft.both_rates])
     assert rate > np.mean([spectral_peft.range_over_configurations(rate) for rate in (GENTLE, AGGRESSIVE)])
 
@@ -162,6 +176,7 @@ def test_the_rate_matters_more_in_every_configuration(spectral_peft):
     Rate effects 23.0, 27.0, 23.5 and 6.5 points, against ranges of 2.5 (gentle) and 20 (aggressive): with H the choice
     of layers undoes most of what the rate does.
     """
+    spectral_peft.require_accuracy_of_skill("ood")
     ranges = [spectral_peft.range_over_configurations(rate) for rate in (GENTLE, AGGRESSIVE)]
     assert min(spectral_peft.rate_effect(name) for name in spectral_peft.both_rates) > max(ranges)
 
@@ -182,6 +197,7 @@ def test_a_gentler_rate_is_safer(spectral_peft):
 
     Published 55.0, 73.0 and 78.0 % at 2e-4, 2e-5 and 5e-6; the middle one has no log.
     """
+    spectral_peft.require_accuracy_of_skill("ood")
     assert np.diff(spectral_peft.sweep("ood_accuracy")[1]).max() < 0
 
 

@@ -89,6 +89,11 @@ class ContrastiveTrajectories(Record):
         first, stop = (int(np.floor(depth * self.n_layers + SAME_DEPTH)) for depth in (above, up_to))
         return range(first, stop)
 
+    def layers_from(self, least: float, up_to: float = 1.0) -> range:
+        """Layers at relative depths least <= (l + 1) / L <= up_to."""
+        first = max(0, int(np.ceil(least * self.n_layers - SAME_DEPTH)) - 1)
+        return range(first, self.layers(0, up_to).stop)
+
     def require_depth(self, layer: int, above: float, up_to: float = 1.0) -> None:
         """Raise NotApplicable unless the layer lies at depths above < z <= up_to."""
         if layer not in self.layers(above, up_to):
@@ -365,12 +370,27 @@ class ContrastiveTrajectories(Record):
 
         The first layer from which the sign of the preference margin no longer changes; 1 / L is the first layer.
         """
-        signs = np.sign(self.rows("preference_margin")[:, CONTRASTS.index(contrast)])
-        agrees = signs == signs[..., -1:]
+        agrees = self._agrees_with_the_last(contrast)
         since = np.argmin(agrees[..., ::-1], axis=-1)
         first = np.where(agrees.all(-1), 0, self.n_layers - since)
         depth: np.ndarray = (first + 1) / self.n_layers
         return depth
+
+    def commitment_by_chance(self, contrast: str) -> np.ndarray:
+        """Mean of `commitment_depths` over all orders of the layers before the last [family, prefix].
+
+        Of n = L - 1 layers in random order, k of which disagree with the last layer, the last to disagree stands at
+        place k (n + 1) / (k + 1) of 1..n on average (the largest of k numbers drawn from n).
+        """
+        disagree = (~self._agrees_with_the_last(contrast)).sum(-1)
+        depth: np.ndarray = (disagree * self.n_layers / (disagree + 1) + 1) / self.n_layers
+        return depth
+
+    def _agrees_with_the_last(self, contrast: str) -> np.ndarray:
+        """Whether the sign of the preference margin is that after the last layer [family, prefix, layer]."""
+        signs = np.sign(self.rows("preference_margin")[:, CONTRASTS.index(contrast)])
+        agrees: np.ndarray = signs == signs[..., -1:]
+        return agrees
 
     def preferred_share(self, contrast: str, truth: str) -> float:
         """Share of families and prefixes in which the model at last prefers the anchor to the contrast word."""

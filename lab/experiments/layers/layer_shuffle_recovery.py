@@ -127,6 +127,57 @@ class LayerShuffleRecovery(RecoveredOrders):
         """Tau of the chain of lowest loss (`blind`) and of the one nearest to the truth (`oracle`) [seed]."""
         return np.atleast_1d(self.variable("seed_kendall_tau").sel(selection=selection).values)
 
+    @cached_property
+    def best_candidate_tau(self) -> np.ndarray:
+        """|tau| of the chain nearest to the truth in either direction [seed]: the best beginning that there was.
+
+        The `oracle` takes chains as norms turn them, and its best may run backwards as a whole.
+        """
+        candidates = (*WEIGHT_METHODS, *PROBE_METHODS)
+        best: np.ndarray = np.max([np.abs(self.runs("kendall_tau", method)) for method in candidates], axis=0)
+        return best
+
+    def extra_inversions(self, method: str) -> np.ndarray:
+        """How many pairs more than its seed a search left in the wrong order [seed]; negative is better."""
+        pairs = self.n_layers * (self.n_layers - 1) / 2
+        found: np.ndarray = np.round((self.seed_tau - self.runs("kendall_tau", method)) * pairs / 2)
+        return found
+
+    def against_its_direction(self, method: str) -> np.ndarray:
+        """Which pairs a method put against its own direction [seed, layer, layer], the lower layer first.
+
+        Of a chain that runs backwards as a whole (tau below 0) nearly all pairs are inverted, and its errors are those
+        that are not.
+        """
+        backwards = self.runs("kendall_tau", method) < 0
+        errors: np.ndarray = np.triu(self.inverted(method) ^ backwards[:, None, None], k=1)
+        return errors
+
+    # ---- what a budget lets searches find
+
+    def require_whole_searches(self) -> None:
+        """Raise NotApplicable where the budget cuts sweeps short, or how far layers are moved."""
+        sweeps, reach = (self.settings.get(name) for name in ("bubble_sweeps", "reach"))
+        if sweeps is not None or reach is not None:
+            raise NotApplicable(f"searches are cut short: bubble_sweeps {sweeps}, reach {reach}")
+
+    def require_calibration_tokens(self, at_least: int) -> None:
+        """Raise NotApplicable where losses of fewer tokens decide."""
+        stages = self.settings.get("stages")
+        tokens = at_least if stages is None else sum(texts * each for texts, each in stages)
+        if tokens < at_least:
+            raise NotApplicable(f"{tokens} tokens decide here: too few to tell neighbours apart, {at_least} are needed")
+
+    def require_passes_from_anywhere(self) -> None:
+        """Raise NotApplicable where swaps from a random order have fewer passes than the worst order needs, L - 1."""
+        passes, needed = self.settings.get("random_passes"), self.n_layers - 1
+        if passes is not None and passes < needed:
+            raise NotApplicable(
+                f"{passes} adjacent passes do not sort a random order whatever the loss says: {needed} would be needed"
+            )
+
+    # ---- what searches made of their beginnings
+
     def from_good_seeds(self, method: str, at_least: float) -> np.ndarray:
         """Tau of a search in the runs that began at `at_least` or better [run].
 
@@ -149,9 +200,17 @@ class LayerShuffleRecovery(RecoveredOrders):
         return self.seed_tau if contender == "seed" else self.runs("kendall_tau", contender)
 
     @cached_property
-    def heldout_loss(self) -> xr.DataArray:
-        """Loss of each order on text that no search has read, mean over runs and prompts [contender], nat/token."""
-        return self.mean("heldout_loss")
+    def heldout_losses(self) -> np.ndarray:
+        """Loss of each of CONTENDERS on text that no search has read, in every run [contender, seed], nat/token.
+
+        The true order's is the same in all runs.
+        """
+        losses = self.variable("heldout_loss").transpose("contender", ..., missing_dims="ignore")
+        values: np.ndarray = losses.values
+        if "prompt" in losses.dims:
+            tokens = self.data["scored_tokens"].values
+            values = (losses.transpose(..., "prompt").values * tokens).sum(-1) / tokens.sum()
+        return values.reshape(len(values), -1)
 
     @cached_property
     def annealing_ended_lower(self) -> np.ndarray:

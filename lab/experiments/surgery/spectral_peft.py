@@ -7,7 +7,10 @@ two of them in a foreign style (`lab.corpora.arithmetic`, regime `competent`). T
 `aggressive` at 40 times that.
 
 Accuracy is the share of problems solved; measured, of solutions whose every token is the model's first choice, which
-is what greedy decoding would write. `nll` is the loss on digits of results alone, the measure with the least noise.
+is what greedy decoding would write. That asks for the style of the solution, too: `id` is annotated, which a model may
+not know before training, and `ood` plain, which it may give up by training. Claims about accuracy do not apply where
+that decides (`require_accuracy_of_skill`). `nll` is the loss on digits of results alone, the measure with the least
+noise.
 
 Adapters are specimens: trained once, by a recipe, with `python -m lab train NAME`; nothing is trained when claims are
 judged.
@@ -98,6 +101,29 @@ class SpectralPeft(AdaptedWeights):
         """Accuracy over that of another configuration, in percentage points."""
         return round(100 * (self.accuracy(split, configuration, rate) - self.accuracy(split, over, rate)), 9)
 
+    def require_accuracy_of_skill(self, split: SplitName) -> None:
+        """Raise NotApplicable where accuracy tells the style of answers, and not whether problems are solved.
+
+        A measured answer is right if every token of the solution is. In distribution that is unknown to a model that
+        has no annotated solution right before training: whatever it has afterwards is a gain. Out of distribution, a
+        model that takes up the annotated style has no plain solution right: if no configuration has more than one
+        right at the gentle rate, and the model had more before, all of them lost alike, and at no rate can more be
+        lost. Published answers are judged by their number alone.
+        """
+        if self.source == "published":
+            return
+        before = self.right(split)
+        if split == "id" and before == 0:
+            raise NotApplicable(
+                f"before training {self.subject} writes no solution in the annotated style: "
+                "accuracy would tell of style"
+            )
+        if split == "ood" and before > 1 >= max(self.right(split, name) for name in self.trained()):
+            raise NotApplicable(
+                f"trained to the annotated style, {self.subject} hardly writes a plain solution: "
+                "accuracy would tell of style"
+            )
+
     def _gains(self, split: SplitName, rate: str) -> xr.DataArray:
         names = [name for name in self.configurations if self._is_trained(name, rate)]
         gains = [self.gain(split, name, rate=rate) for name in names]
@@ -180,11 +206,19 @@ class SpectralPeft(AdaptedWeights):
         return self._one("train_loss", configuration, rate)
 
     def train_seconds(self, configuration: str) -> float:
-        """Seconds that training took at the gentle rate, on whatever machine it ran."""
-        seconds = self.variable("train_seconds")
+        """Seconds that training took at the gentle rate, on whatever machine it ran; mean over seeds."""
+        return float(self.train_seconds_by_seed(configuration).mean())
+
+    def train_seconds_by_seed(self, configuration: str) -> np.ndarray:
+        """Seconds that training took at the gentle rate, of each run [seed]; one entry for published figures."""
+        self.trainable(configuration)  # says which configurations there are
+        seconds = self.variable("train_seconds").sel(configuration=configuration)
         if "rate" in seconds.dims:
-            return self._one("train_seconds", configuration, GENTLE)
-        return float(seconds.sel(configuration=configuration))
+            seconds = seconds.sel(rate=GENTLE)
+        found: np.ndarray = np.atleast_1d(seconds.values)
+        if np.isnan(found).any():
+            raise NotApplicable(f"{configuration} was not trained at the {GENTLE} rate on {self.subject}")
+        return found
 
     @property
     def perplexity_benefit(self) -> float:
@@ -247,6 +281,11 @@ class SpectralPeft(AdaptedWeights):
         return rises
 
     @property
+    def rate_of_repetitions(self) -> str:
+        """The rate at which one configuration was trained more than once."""
+        return AGGRESSIVE if self.has("repeat_text_perplexity") else GENTLE
+
+    @property
     def spread_of_repetitions(self) -> float:
         """How far repetitions of one configuration differ in the logarithm of the perplexity [nat/token].
 
@@ -254,18 +293,17 @@ class SpectralPeft(AdaptedWeights):
         """
         if self.has("repeat_text_perplexity"):
             again = float(self.variable("repeat_text_perplexity").sel(configuration="F"))
-            return abs(float(np.log(again / self.perplexity("F", AGGRESSIVE))))
-        seeds = self.mean("full_text_loss").sel(rate=GENTLE, configuration="A").dropna("seed")
+            return abs(float(np.log(again / self.perplexity("F", self.rate_of_repetitions))))
+        seeds = self.mean("full_text_loss").sel(rate=self.rate_of_repetitions, configuration="A").dropna("seed")
         if len(seeds) < 3:
             raise NotApplicable(
                 f"{len(seeds)} of the three seeds of A that a spread needs were trained on {self.subject}"
             )
         return float(seeds.std("seed", ddof=1))
 
-    @property
-    def smallest_contrast(self) -> float:
-        """Smallest difference of two configurations in the logarithm of the perplexity, at the gentle rate."""
-        ordered = np.sort([np.log(self.perplexity(name)) for name in self.trained()])
+    def smallest_contrast(self, rate: str = GENTLE) -> float:
+        """Smallest difference of two configurations in the logarithm of the perplexity, at one rate [nat/token]."""
+        ordered = np.sort([np.log(self.perplexity(name, rate)) for name in self.trained(rate)])
         return float(np.diff(ordered).min())
 
 
