@@ -8,6 +8,9 @@ from fixtures.claims import claim, not_applicable
 from lab.statistics.permutation import hub_p_value
 
 ORIGINAL = "qwen3-4b-instruct-2507"
+#: nat/token by which the same program may differ between two batches in bfloat16: on SmolLM2 and AVX-512 the intact
+#: model did by 0.003
+ROUNDING = 0.005
 
 
 # ---- pairs
@@ -192,13 +195,14 @@ def test_greedy_pruning_is_never_worse_than_the_single_ranking(layer_knockout):
 
     Up to two layers nothing else is possible on the sample: the first is the same, and greedy took the
     cheapest second. From three on it could be beaten. The last is a quarter of the layers, where the
-    gain is the finding: without one, nothing need be computed anew. Resamples keep both paths.
+    gain is the finding: without one, nothing need be computed anew. Resamples keep both paths. Less
+    than ROUNDING is no difference.
     """
     if layer_knockout.removals < 3:
         not_applicable(f"{layer_knockout.removals} layers were removed; greedy can be beaten from three on")
     gain = (layer_knockout.naive_pruning_loss - layer_knockout.pruning_loss).sel(step=slice(3, None))
-    assert gain.min() >= -1e-6
-    assert gain[-1] > 0
+    assert gain.min() >= -ROUNDING
+    assert gain[-1] > ROUNDING
 
 
 @claim("T-2.30", "hypothesis")
@@ -206,10 +210,11 @@ def test_greedy_pruning_beats_contiguous_blocks(layer_knockout):
     """Removing the best contiguous block of two or more layers never loses less than removing as many greedily.
 
     The best block of one layer is greedy's first removal. Resamples choose the best block anew but keep
-    the greedy path of the sample, so the support is that of a stricter comparison.
+    the greedy path of the sample, so the support is that of a stricter comparison. The best block may
+    be greedy's own choice; less than ROUNDING is no difference.
     """
     blocks = layer_knockout.best_block_loss.sel(block_size=slice(2, None))
     if not blocks.size:
         not_applicable("no block of two or more layers was removed")
     greedy = layer_knockout.pruning_loss.sel(step=blocks.block_size.values)
-    assert (blocks.values - greedy.values).min() >= -1e-6
+    assert (blocks.values - greedy.values).min() >= -ROUNDING

@@ -58,21 +58,25 @@ def test_swaps_recover_the_order_perfectly(layer_shuffle_recovery):
     """Swap refinement from a good seed recovers the order perfectly.
 
     Published as 28 of 28 layers. In every run, for a mean of 1 is 1 in each. What swaps leave wrong can be held against
-    them where nothing cuts them short.
+    them where nothing cuts them short; what they achieve all the same counts.
     """
-    layer_shuffle_recovery.require_whole_searches()
-    assert layer_shuffle_recovery.of("kendall_tau", "pairwise_bubble") == 1
+    tau = layer_shuffle_recovery.of("kendall_tau", "pairwise_bubble")
+    if tau < 1:
+        layer_shuffle_recovery.require_whole_searches()
+    assert tau == 1
 
 
 @claim("LSR-1b", "corrected")
 def test_swaps_recover_the_order_from_a_good_seed(layer_shuffle_recovery):
     """From a seed of tau 0.9 or better, swap refinement reaches 0.95 in every run.
 
-    Perfection depends on how much text decides: neighbours that are cheap to exchange need a thousand tokens. Judged
-    where nothing cuts the search short.
+    Perfection depends on how much text decides: neighbours that are cheap to exchange need a thousand tokens. A search
+    that is cut short is not held to it, but counts where it gets there.
     """
-    layer_shuffle_recovery.require_whole_searches()
-    assert layer_shuffle_recovery.from_good_seeds("pairwise_bubble", 0.9).min() >= 0.95
+    worst = layer_shuffle_recovery.from_good_seeds("pairwise_bubble", 0.9).min()
+    if worst < 0.95:
+        layer_shuffle_recovery.require_whole_searches()
+    assert worst >= 0.95
 
 
 @claim("LSR-1c", "hypothesis")
@@ -342,8 +346,8 @@ def test_the_loss_chooses_a_seed_as_good_as_the_truth_would(layer_shuffle_recove
 def test_the_search_improves_on_its_seed(layer_shuffle_recovery, method):
     """In every run a search makes of its seed an order that is no worse, but for one exchange of neighbours.
 
-    One pair more in the wrong order is tau's least step, an exchange of neighbours, and there are neighbours whose
-    exchange the loss does not notice (LSR-31): between these a search by loss has no choice to get wrong. A control of
-    ours; the source says of annealing that it fails here (LSR-11).
+    One pair more in the wrong order is tau's least step, which an exchange of two neighbours makes, and there are some
+    whose exchange the loss does not notice (LSR-31): between these a search by loss has no choice to get wrong. A
+    control of ours; the source says of annealing that it fails here (LSR-11).
     """
     assert layer_shuffle_recovery.extra_inversions(method).max() <= 1

@@ -21,7 +21,7 @@ def test_training_norms_does_not_recover_the_others(normalization):
     """It recovers at most half of what joint group norm and batch norm cost.
 
     They lack the rescaling of each token, which no scale or shift that is common to all tokens can give back. Judged at
-    the step of T-15.33. A swap that is no better than a uniform guess before and after, or whose training diverged,
-    says nothing about how much came back, and is left out; if both are, the claim does not apply.
+    the step of T-15.33. A loss above a uniform guess's counts as that. A swap that overflows or whose training diverged
+    was not trained and is left out; if both are, the claim does not apply.
     """
     assert max(normalization.recovered_of("group_norm_8", "batch_norm").values()) <= 0.5

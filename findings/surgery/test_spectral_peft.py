@@ -69,10 +69,10 @@ def test_no_configuration_forgets(spectral_peft):
     Published -1.0, +1.5, 0.0, +1.0 points and perplexities of 3.53 to 3.58 against 3.66. These cover template and
     prompt, which hold 96 % of that loss: they say little of completions.
     """
-    spectral_peft.require_accuracy_of_skill("ood")
     trained = spectral_peft.trained()
-    assert min(spectral_peft.gain("ood", name) for name in trained) >= -2
     assert max(spectral_peft.perplexity(name) for name in trained) <= spectral_peft.perplexity()
+    spectral_peft.require_accuracy_of_skill("ood")
+    assert min(spectral_peft.gain("ood", name) for name in trained) >= -2
 
 
 @claim("T-18.2b", "control")
@@ -155,9 +155,11 @@ def test_phase_aware_ranks_beat_uniform_ones_significantly(spectral_peft):
     The smaller p of two is held to Holm's bound for it, 0.025. Published p = 1.0 and 0.62; 80 % power would take 750 to
     1,250 problems. Measured p-values are those of seed 0 alone.
     """
-    spectral_peft.require_accuracy_of_skill("ood")
     leads = [split for split in ("id", "ood") if spectral_peft.gain(split, "B", "A") > 0]
-    assert min((spectral_peft.p_value(split, "B", "A") for split in leads), default=1.0) < SIGNIFICANT / 2
+    p_values = {split: spectral_peft.p_value(split, "B", "A") for split in leads}
+    if p_values.get("id", 1.0) >= SIGNIFICANT / 2:
+        spectral_peft.require_accuracy_of_skill("ood")
+    assert min(p_values.values(), default=1.0) < SIGNIFICANT / 2
 
 
 @claim("T-18.4c", "control")
@@ -253,8 +255,7 @@ def test_training_the_last_layers_is_twice_as_fast(spectral_peft):
     Published 145 against 72 seconds, loading included. Timed on a GPU alone: a CPU shares its cores with other work,
     and the runs that are compared are hours apart.
     """
-    if "cpu" in spectral_peft.provenance["settings"].get("trained_on", ()):
-        not_applicable("adapters were trained on a CPU, whose cores other work shares")
+    spectral_peft.require_times_of_its_own()
     assert spectral_peft.train_seconds("A") / spectral_peft.train_seconds("H") >= 1.8
 
 
@@ -265,8 +266,7 @@ def test_training_the_last_layers_is_faster_in_every_run(spectral_peft):
     The bound of the generalisation, on a GPU. A seed sets the batches, so A and H of one seed read the same text. The
     worst of the seeds and not their mean, which one slow run may carry.
     """
-    if "cpu" in spectral_peft.provenance["settings"].get("trained_on", ()):
-        not_applicable("adapters were trained on a CPU, whose cores other work shares")
+    spectral_peft.require_times_of_its_own()
     whole, last = (spectral_peft.train_seconds_by_seed(name) for name in ("A", "H"))
     assert (whole / last).min() >= 1.5
 

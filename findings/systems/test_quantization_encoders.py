@@ -69,16 +69,6 @@ def _require_equal_size(quantization, one, other):
         not_applicable(f"bits per weight of {quantization.subject} differ: {words}; its rows do not fit into blocks")
 
 
-def _require_own_format(quantization, method, bits):
-    """Does not apply where a format and a little, `bits` per weight, does not hold what the method stores."""
-    stored = quantization.stored_bits(method)
-    if stored > bits:
-        not_applicable(
-            f"{method} stores {stored:.2f} bits per weight of {quantization.subject}, more than {bits}: "
-            "its rows do not fit into blocks, and most weights are in another format"
-        )
-
-
 @claim("T-11.41b", "hypothesis")
 def test_q4_k_takes_4_5_bits(quantization):
     """A Q4_K model stores at most 4.6 bits per weight of its layers.
@@ -96,6 +86,6 @@ def test_q6_k_loses_nothing(quantization):
     Not made where most of a model's rows do not fit into Q6_K's blocks of 256 weights: llama.cpp stores those as Q8_0,
     in 8.5 bits, and it would be Q8_0 that loses nothing. Nor where the interval that the texts leave holds the limit.
     """
-    _require_own_format(quantization, "gguf_q6_k", 6.6)
+    quantization.require_own_format("gguf_q6_k", 6.6)
     quantization.require_resolved(0.01, "gguf_q6_k")
     assert quantization.method_damage("gguf_q6_k") <= 0.01

@@ -130,6 +130,8 @@ class WholeModels(Record):
         before = self.variable("method_baseline_loss") if other is None else losses.isel(method=self._index_of(other))
         rises = (losses.isel(method=self._index_of(method)) - before).values
         tokens = self.variable("method_scored_tokens").values
+        if len(rises) < 2:
+            raise NotApplicable(f"methods were scored on one text of {self.subject}, which has no interval")
         around = tokens * (rises - rises @ tokens / tokens.sum())
         return float(1.96 * np.sqrt(len(rises) / (len(rises) - 1) * (around @ around)) / tokens.sum())
 
@@ -205,6 +207,15 @@ class WholeModels(Record):
             raise NotApplicable(
                 f"the measured record of {self.subject} lacks the methods of {', '.join(missing)}; "
                 "install the libraries and measure with --fresh"
+            )
+
+    def require_own_format(self, method: str, bits: float) -> None:
+        """Raise NotApplicable where a method stores more than `bits` per weight, which its own format does not take."""
+        stored = self.stored_bits(method)
+        if stored > bits:
+            raise NotApplicable(
+                f"{method} stores {stored:.2f} bits per weight of {self.subject}, more than {bits}: "
+                "its rows do not fit into blocks, and most weights are in another format"
             )
 
     def noise_damage(self, bits: int) -> float:

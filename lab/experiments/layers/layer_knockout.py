@@ -1,8 +1,8 @@
 """T-2 layer knockout: what does the model lose when decoder layers are skipped, alone, in pairs, one after the other?
 
 Skipping a layer leaves the residual stream as it was: both updates, attention and MLP, are left out.
-The loss counts completion tokens only, without those that end an 8-gram which the completion already held
-(a repetition predicts itself), and is the mean over these tokens of all prompts,
+The loss counts completion tokens only, measured ones without those that end an 8-gram which the completion already
+held (a repetition predicts itself), and is the mean over these tokens of all prompts,
 
     loss = sum_r sum_t -ln p(x_t | x_<t) / sum_r n_r    [nat/token],
 

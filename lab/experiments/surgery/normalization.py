@@ -266,21 +266,19 @@ class Normalization(NormActivations):
 
         Relative to what the same training makes of the model's own norms: a model learns the texts' style, too.
         A loss above a uniform guess's counts as that, and so does one that is not finite before training: further
-        differences mean nothing.
+        differences mean nothing, and a swap that stays above has recovered nothing.
 
         Raises:
-            NotApplicable: nothing was trained; training diverged; the swap is no better than a uniform guess before
-                training and after it; it costs too little to speak of recovering.
+            NotApplicable: nothing was trained; training diverged; the swap overflows before training and after it, so
+                that there was no gradient to train by; it costs too little to speak of recovering.
         """
         self._require_no_divergence(CONTROL)
         self._require_no_divergence(variant)
-        losses = self.mean("recovery_loss").fillna(np.inf).clip(max=self.uniform_loss).sel(step=[0, self.recovery_step])
-        swapped, control = (losses.sel(recovery_variant=name).values for name in (variant, CONTROL))
-        if swapped.min() >= self.uniform_loss:
-            raise NotApplicable(
-                f"{self.subject} with {variant} is no better than a uniform guess or overflows, before training and "
-                f"after {self.recovery_step} steps: what it recovers cannot be told"
-            )
+        losses = self.mean("recovery_loss").sel(step=[0, self.recovery_step])
+        if losses.sel(recovery_variant=variant, step=self.recovery_step).isnull():
+            raise NotApplicable(f"{self.subject} with {variant} overflows: training had no gradient to go by")
+        capped = losses.fillna(np.inf).clip(max=self.uniform_loss)
+        swapped, control = (capped.sel(recovery_variant=name).values for name in (variant, CONTROL))
         cost, left = swapped - control
         if cost < LEAST_COST:
             raise NotApplicable(f"{variant} costs {self.subject} {cost:.2g} nat: too little to speak of recovering it")

@@ -280,6 +280,11 @@ class SpectralPeft(AdaptedWeights):
         rises: np.ndarray = self.sweep("text_loss")[1] - float(self.mean("base_text_loss"))
         return rises
 
+    def require_times_of_its_own(self) -> None:
+        """Raise NotApplicable where adapters were trained on a CPU: its cores are shared with other work."""
+        if "cpu" in self.provenance["settings"].get("trained_on", ()):
+            raise NotApplicable("adapters were trained on a CPU, whose cores other work shares")
+
     @property
     def rate_of_repetitions(self) -> str:
         """The rate at which one configuration was trained more than once."""
