@@ -1,6 +1,8 @@
 """FS Fish Speech S2 Pro: tensors, parameters and shapes of the two stacks.
 
-Every count is held against the configuration: `lab.architectures.fish_speech` says which tensors it implies.
+Every count is held against the configuration: `lab.architectures.fish_speech` says which tensors it implies. What
+feeds what (`data_flow` in the settings: FS-6, FS-13) is entered by hand from the public implementation; no maintained
+library has it, and nothing here runs it.
 Source of the published sentences: hivaze/dl-experiments, experiments/fish_speech_s2_pro.
 """
 
@@ -21,10 +23,12 @@ def test_fish_speech_s2_pro_matches_snapshot(fish_speech_s2_pro, snapshot):
 def test_size(fish_speech_s2_pro):
     """The checkpoint has 358 tensors with 4.56 billion parameters, 9.12 GB in bfloat16.
 
-    Equality to the printed digits; the size is the parameters' own, without headers and codec.
+    Equality to the printed digits; the size is the parameters' own, without headers and codec. A checkpoint with
+    tensors of another dtype refutes it.
     """
     assert int(fish_speech_s2_pro.variable("tensor_count")) == 358
     assert round(fish_speech_s2_pro.parameters / 1e9, 2) == 4.56
+    assert fish_speech_s2_pro.weight_dtype == "bfloat16"
     assert round(fish_speech_s2_pro.gigabytes, 2) == 9.12
 
 
@@ -157,6 +161,7 @@ def test_no_biases(fish_speech_s2_pro):
 @claim("FS-10", "published")
 def test_the_fast_ar_takes_hidden_states_as_they_are(fish_speech_s2_pro):
     """The Fast AR receives the Slow AR's hidden states at their own width, without a projection."""
+    assert fish_speech_s2_pro.fast["text_dim"] == fish_speech_s2_pro.slow["dim"]
     assert fish_speech_s2_pro.fast["text_dim"] == fish_speech_s2_pro.fast["dim"]
     assert fish_speech_s2_pro.named("project") == []
 
@@ -172,11 +177,15 @@ def test_audio_hidden_width(fish_speech_s2_pro):
 
 
 @claim("FS-11b", "corrected")
-def test_every_other_width_is_used(fish_speech_s2_pro):
-    """Width, MLP width and vocabulary are sides of tensors; `audio_hidden_dim` is a field that nothing uses."""
+def test_which_widths_are_used(fish_speech_s2_pro):
+    """Width, MLP width, head width and vocabulary are sides of tensors; two more widths of the configuration are not.
+
+    `audio_hidden_dim` and `moe_intermediate_size`: fields that nothing uses.
+    """
     used = {part[name] for part in (fish_speech_s2_pro.slow, fish_speech_s2_pro.fast) for name in WIDTHS}
     assert used <= fish_speech_s2_pro.sides
     assert fish_speech_s2_pro.fast["audio_hidden_dim"] not in fish_speech_s2_pro.sides
+    assert fish_speech_s2_pro.fast["moe_intermediate_size"] not in fish_speech_s2_pro.sides
 
 
 @claim("FS-12", "published")

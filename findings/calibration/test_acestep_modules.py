@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from math import prod
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lab import published
-from lab.architectures import ace_step, oobleck, shapes
+from lab.architectures import ace_step, headers, oobleck, shapes
 from lab.architectures.shapes import Shapes
 from lab.experiments.architectures.acestep_v15 import AceStep
 
@@ -27,6 +30,7 @@ pytestmark = [
 ]
 
 few = settings(max_examples=6, deadline=None)
+SKIPPED = ("architectures", "dtype")  #: entries of a configuration that Qwen3Config takes otherwise
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -62,13 +66,35 @@ def parts(config: dict[str, Any], device: str = "meta") -> dict[str, nn.Module]:
     }
 
 
-def census(config: dict[str, Any]) -> dict[str, list[shapes.Shape]]:
-    """Shapes by component, as diffusers builds them; it keeps the null condition in the condition encoder."""
+def dit_file(config: dict[str, Any]) -> Shapes:
+    """Shapes by name, as diffusers builds them; it keeps the null condition in the condition encoder."""
     named: Shapes = {}
     for prefix, module in parts(config).items():
-        for name, tensor in module.named_parameters():
-            named[name if name == "null_condition_emb" else f"{prefix}.{name}"] = tuple(tensor.shape)
-    return {name: sorted(table.values()) for name, table in ace_step.census("dit", named).items()}
+        for name, shape in shapes_of(module).items():
+            named[name if name == "null_condition_emb" else f"{prefix}.{name}"] = shape
+    return named
+
+
+def shapes_of(module: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+
+
+def census(config: dict[str, Any]) -> dict[str, list[shapes.Shape]]:
+    """Shapes by component, as diffusers builds them."""
+    return {name: sorted(table.values()) for name, table in ace_step.census("dit", dit_file(config)).items()}
+
+
+def qwen3(config: dict[str, Any]) -> Shapes:
+    """Shapes by name, as Transformers builds them."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    with torch.device("meta"):
+        return shapes_of(Qwen3Model(Qwen3Config(**{k: v for k, v in config.items() if k not in SKIPPED})))
+
+
+def published_autoencoder() -> Any:
+    config = {name: value for name, value in record().config("vae").items() if not name.startswith("_")}
+    return build(diffusers("models").AutoencoderOobleck, config, "meta")
 
 
 @st.composite
@@ -113,17 +139,24 @@ def test_the_published_components_have_the_modules_shapes():
     assert {name: len(table) for name, table in built.items()} == {
         name: found.tensors(name) for name in ace_step.COMPONENTS if ace_step.COMPONENTS[name][0] == "dit"
     }
-    assert all(sorted(found.expected[name].values()) == table for name, table in built.items())
+    assert all(sorted(found.implied[name].values()) == table for name, table in built.items())
+    assert {name: sum(map(prod, table)) for name, table in built.items()} == {
+        name: found.parameters(name) for name in built
+    }
+
+
+@pytest.mark.parametrize("role", ace_step.ROLES)
+def test_the_published_groups_are_the_modules(role):
+    """The record's table of tensors, which claims on names and shapes read, is that of the modules built now."""
+    config = dict(record().config(role))
+    tables = {"dit": dit_file, "vae": lambda _: shapes_of(published_autoencoder())}
+    assert record().setting("tensor_groups")[role] == headers.grouped(tables.get(role, qwen3)(config))
 
 
 @pytest.mark.parametrize("role", ["lm", "text_embedder"])
 def test_language_models_are_qwen3(role):
-    from transformers import Qwen3Config, Qwen3Model
-
     config = dict(record().config(role))
-    with torch.device("meta"):
-        model = Qwen3Model(Qwen3Config(**{k: v for k, v in config.items() if k not in ("architectures", "dtype")}))
-    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == ace_step.language_model(config)
+    assert qwen3(config) == ace_step.language_model(config)
 
 
 def test_one_layer_adds_its_own_parameters():
@@ -177,13 +210,12 @@ def test_round_trip_of_the_published_autoencoder(count):
 
 def test_ten_seconds_through_the_published_autoencoder():
     config = dict(record().config("vae"))
-    module = build(
-        diffusers("models").AutoencoderOobleck, {k: v for k, v in config.items() if not k.startswith("_")}, "meta"
-    )
-    assert oobleck.autoencoder(config) == {n: tuple(p.shape) for n, p in module.named_parameters()}
+    module = published_autoencoder()
+    assert oobleck.autoencoder(config) == shapes_of(module)
     stated = record().variable("vae_shape_check")
     latents = module.encode(torch.zeros(*stated[0].values.tolist(), device="meta")).latent_dist.mode()
     assert list(latents.shape) == stated.sel(tensor="latent").values.tolist()
+    assert latents.shape[1] == record().latent_channels
     assert list(module.decode(latents).sample.shape) == stated.sel(tensor="decoded").values.tolist()
 
 
@@ -232,6 +264,10 @@ TINY = {
 }
 
 
+TRANSFORMER = "self.transformer"  #: how the pipeline calls the DiT
+GATES = [2, 5]  #: of shift, scale and gate, twice
+
+
 @cache
 def tiny(name: str) -> Any:
     return parts(TINY, "cpu")[name]
@@ -246,6 +282,65 @@ def test_the_second_time_embedding_sees_the_difference():
     handle.remove()
     assert flow("time_embed_r_input") == "t - r"
     assert [float(value) for value in seen] == pytest.approx([0, 0, 0.5])
+
+
+def test_the_sampler_passes_one_time_twice():
+    """In the pipeline's source: every call of the transformer has one expression for `timestep` and `timestep_r`."""
+    pipeline = diffusers("pipelines.ace_step.pipeline_ace_step").AceStepPipeline
+    tree = ast.parse(textwrap.dedent(inspect.getsource(pipeline.__call__)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == TRANSFORMER]
+    times = [{one.arg: ast.unparse(one.value) for one in call.keywords} for call in calls]
+    assert flow("sampler_timestep_r") == "t"
+    assert len(times) >= 1
+    assert [time["timestep_r"] for time in times] == [time["timestep"] for time in times]
+
+
+def test_cross_attention_is_not_modulated():
+    """With both gates at 0 a block adds its cross-attention, of a norm that no shift or scale moved, whatever these."""
+    block, states, condition = tiny("decoder").layers[1], torch.randn(1, 6, 16), torch.randn(1, 3, 16)
+    added = []
+    for seed in range(2):
+        vectors = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(seed))
+        vectors[:, GATES] = 0
+        rotary = (torch.ones(6, 8), torch.zeros(6, 8))
+        # what a block adds its table to, so that their sum is `vectors`
+        given = vectors - block.scale_shift_table
+        added.append(block(states, rotary, given, None, condition) - states)
+    own = block.cross_attn(hidden_states=block.cross_attn_norm(states), encoder_hidden_states=condition)
+    assert own.abs().min() > 0
+    for found in added:
+        torch.testing.assert_close(found, own)
+
+
+def test_a_gate_closes_each_of_the_other_two():
+    """The six vectors in threes: with one gate at 1 the block adds something more than its cross-attention."""
+    block, states, condition = tiny("decoder").layers[1], torch.randn(1, 6, 16), torch.randn(1, 3, 16)
+    rotary = (torch.ones(6, 8), torch.zeros(6, 8))
+    found = []
+    for opened in ([], [GATES[0]], [GATES[1]]):
+        vectors = torch.zeros(1, 6, 16)
+        vectors[:, opened] = 1
+        found.append(block(states, rotary, vectors - block.scale_shift_table, None, condition))
+    assert (found[1] - found[0]).abs().max() > 1e-3
+    assert (found[2] - found[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["lyric_encoder", "timbre_encoder"])
+def test_encoders_look_both_ways(name):
+    """The first frame moves when one after it changes, and the other way round: within the band and in both layers."""
+    encoder, frames = getattr(tiny("encoder"), name), torch.randn(1, 3, 8 if name == "lyric_encoder" else 4)
+    seen: list[torch.Tensor] = []
+    handle = encoder.norm.register_forward_hook(lambda module, arguments, output: seen.append(output[0]))
+    for place in (None, 0, 2):
+        changed = frames.clone()
+        if place is not None:
+            changed[:, place] += 3
+        second = None if name == "lyric_encoder" else torch.zeros(1, dtype=torch.long)
+        encoder(changed, second)
+    handle.remove()
+    assert (seen[1] - seen[0]).abs().amax(-1)[2] > 1e-4
+    assert (seen[2] - seen[0]).abs().amax(-1)[0] > 1e-4
+    assert not record().is_causal(name)
 
 
 def test_the_timbre_encoder_takes_the_first_frame():

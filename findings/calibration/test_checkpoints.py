@@ -17,6 +17,7 @@ from fixtures import collection
 from fixtures.options import Options
 from lab import experiments, published
 from lab.architectures import ace_step, checkpoints, fish_speech
+from lab.architectures.headers import group_parameters
 from lab.architectures.shapes import Shapes, parameters
 from lab.errors import NotApplicable, UserError
 from lab.experiments.architectures import acestep_v15, fish_speech_s2_pro
@@ -215,9 +216,69 @@ def test_what_headers_do_not_tell_is_not_applicable(fish, ace):
 def test_a_music_checkpoint_follows_from_its_configurations(ace):
     record = ace_record(ace)
     assert record.groups_beyond == []
-    assert all(record.of("parameters", name) == record.parameters(name) for name in acestep_v15.COMPONENTS)
-    assert all(record.of("tensors", name) == record.tensors(name) for name in acestep_v15.COMPONENTS)
+    assert all(record.parameters(name) == record.implied_parameters(name) for name in acestep_v15.COMPONENTS)
+    assert all(record.tensors(name) == record.implied_tensors(name) for name in acestep_v15.COMPONENTS)
     assert record.dit_layer_parameters.values.tolist() == [record.layer_parameters("dit")] * 2
+    assert record.dit_tensors == len(ace_step.dit_file(ace_configs()["dit"]))
+    own, parts = ace_step.widths(ace_configs()["dit"]), acestep_v15.PLAIN_STACKS
+    assert [record.layer_parameters(name) for name in parts] == [parameters(ace_step.plain_layer(own))] * len(parts)
+    assert record.quantizer_parameters == {"weights": 2 * 6 * 16, "biases": 6 + 16}
+    assert record.shapes_of("decoder.layers.{i}.scale_shift_table") == [((1, 6, 16), 2)]
+    assert record.shapes_of("decoder.layers.{i}.scale_shift") == []
+    assert not any(record.shapes_beyond_dit(name) for name in acestep_v15.STACKS)
+
+
+def test_what_is_counted_is_not_what_is_implied(ace):
+    """Counts are of the file: a tensor less, a component less and a wider MLP are seen in each figure that is read."""
+    config = ace_configs()["dit"]
+    table = ace_step.dit_file(config)
+    wide, gone = "encoder.lyric_encoder.layers.1.mlp.up_proj.weight", "encoder.timbre_encoder.special_token"
+    fewer = {name: shape for name, shape in table.items() if name != gone and "text_projector" not in name}
+    record = ace_record(save(ace / "acestep-v15-tiny", config, fewer | {wide: (40, 16)}))
+    plain = parameters(ace_step.plain_layer(ace_step.widths(config)))
+    assert record.layer_parameters("lyric_encoder") == plain + 16 * 16 / 2
+    assert record.shapes_beyond_dit("lyric_encoder") == [(40, 16)]
+    assert record.shapes_beyond_dit("timbre_encoder") == record.shapes_of(gone) == []
+    assert (record.parameters("text_projector"), record.tensors("text_projector")) == (0, 0)
+    assert record.implied_parameters("text_projector") == 16 * 8
+    assert record.tensors("timbre_encoder") == record.implied_tensors("timbre_encoder") - 1
+    assert record.groups_beyond == ["lyric_encoder", "text_projector", "timbre_encoder"]
+
+
+def test_published_counts_are_read():
+    """Layers without counts of their own have an equal part of their component's; another count is another answer."""
+    data = published.dataset("acestep_v15")
+    assert AceStep(data).dit_layer_parameters.values.tolist() == [62_933_504] * 24
+    assert AceStep(data).dit_layer_tensors.values.tolist() == [19] * 24
+    changed = data.assign(parameters=data.parameters + 12, tensors=data.tensors + 12)
+    more = AceStep(changed)
+    assert more.dit_layer_parameters.values.tolist() == [62_933_504.5] * 24
+    assert more.dit_layer_tensors.values.tolist() == [19.5] * 24
+    assert more.total - AceStep(data).total == 14 * 12
+    assert more.dit_tensors == 677 + 11 * 12
+    assert more.implied_parameters("dit_layers") == AceStep(data).parameters("dit_layers")
+
+
+def test_published_groups_are_the_counts():
+    """The table of tensors adds up to the counted parameters and tensors of every component."""
+    record = AceStep(published.dataset("acestep_v15"))
+    for name, (role, _) in ace_step.COMPONENTS.items():
+        own = [g for g in record.setting("tensor_groups")[role] if ace_step.component_of(role, g["name"]) == name]
+        assert group_parameters(own) == record.parameters(name)
+        assert sum(group["count"] for group in own) == record.tensors(name)
+
+
+def test_a_checkpoint_of_two_dtypes_is_none_in_bfloat16(tmp_path):
+    folder = save(tmp_path / "mixed", fish_config(), fish_speech.tensors(fish_config()))
+    tensors = {
+        key: torch.zeros(shape, dtype=torch.bfloat16) for key, shape in fish_speech.tensors(fish_config()).items()
+    }
+    tensors["text_model.model.norm.weight"] = tensors["text_model.model.norm.weight"].float()
+    save_file(tensors, folder / "model.safetensors")
+    record = fish_record(folder)
+    assert record.weight_dtype == "bfloat16, float32"
+    with pytest.raises(NotApplicable, match="a size follows from one dtype"):
+        assert record.gigabytes
 
 
 @pytest.mark.parametrize(

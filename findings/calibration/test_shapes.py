@@ -219,6 +219,9 @@ def test_planted_answers_of_the_codec():
     parts = published_fish().codec
     assert sum(part.parameters for part in parts.values()) == 391_430_530
     assert sum(part.parameters + part.buffer_elements for part in parts.values()) == 694_993_282
+    record = published_fish()
+    assert (record.codec_parameters["total"], record.codec_elements["total"]) == (391_430_530, 694_993_282)
+    assert record.codec_parameters["total"] == sum(part.parameters for part in parts.values())
     assert {name: part.parameters for name, part in parts.items()} == {
         "encoder": 76_851_328,
         "decoder": 54_104_162,

@@ -66,3 +66,15 @@ def test_one_layer_of_noise_changes_its_peakedness_alone():
     before, after = FishSpeech(data), FishSpeech(data.assign(slow_ar_spectral_norm=spikes))
     assert (after.peakedness / before.peakedness).values == pytest.approx([1] * 17 + [2] + [1] * 18)
     assert int(after.spectral.idxmax("layer")) == 17
+
+
+def test_a_flat_end_of_one_matrix_is_seen():
+    """Planted: without the last three layers' peaks w2 is not peaked at both ends either; w1 is none as published."""
+    data = published.dataset("fish_speech_s2_pro")
+    peaks = data.slow_ar_spectral_norm.copy(deep=True)
+    peaks.loc[{"layer": [33, 34, 35], "matrix": "feed_forward.w2"}] = 1
+    before, after = FishSpeech(data), FishSpeech(data.assign(slow_ar_spectral_norm=peaks))
+    names = [name for name, both in before.peaked_at_both_ends.items() if both]
+    assert names == ["attention.wqkv", "attention.wo", "feed_forward.w2", "feed_forward.w3"]
+    assert [name for name, both in after.peaked_at_both_ends.items() if both] == [*names[:2], names[3]]
+    assert before.matrix_peakedness.mean("matrix").values == pytest.approx(before.peakedness.values)

@@ -60,6 +60,12 @@ def widths(config: Config) -> Widths:
     return Widths(*(config[name] for name in names))
 
 
+def layers_of(name: str) -> str:
+    """How the names of the tensors in a stack's layers begin, layers as `{i}`."""
+    start = COMPONENTS["dit_layers"][1] if name == "dit" else f"{COMPONENTS[name][1]}layers."
+    return f"{start}{{i}}."
+
+
 def component_of(role: str, name: str) -> str | None:
     """The component that a tensor of a role's checkpoint belongs to; None if it is none of the census."""
     return next((part for part, (own, start) in COMPONENTS.items() if own == role and name.startswith(start)), None)

@@ -41,9 +41,20 @@ class WeightStatistics(Record):
         return self.variable("slow_ar_spectral_norm").mean("matrix")
 
     @cached_property
+    def matrix_peakedness(self) -> xr.DataArray:
+        """s1 / F of each matrix of a Slow AR layer [layer, matrix]; 1 for rank one."""
+        return self.variable("slow_ar_spectral_norm") / self.variable("slow_ar_frobenius_norm")
+
+    @cached_property
     def peakedness(self) -> xr.DataArray:
-        """Mean s1 / F of the five matrices of a Slow AR layer [layer]; 1 for rank one."""
-        return (self.variable("slow_ar_spectral_norm") / self.variable("slow_ar_frobenius_norm")).mean("matrix")
+        """Mean s1 / F of the five matrices of a Slow AR layer [layer]."""
+        return self.matrix_peakedness.mean("matrix")
+
+    @cached_property
+    def peaked_at_both_ends(self) -> dict[str, bool]:
+        """Whether a matrix's mean s1 / F over the first 15 % and over the last 8 % is above the middle half's."""
+        found = {str(name): self.matrix_peakedness.sel(matrix=name) for name in self.matrix_peakedness.matrix.values}
+        return {name: min(self.beginning(own), self.end(own)) > self.middle(own) for name, own in found.items()}
 
     @cached_property
     def effective_rank(self) -> xr.DataArray:

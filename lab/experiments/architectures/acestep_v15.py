@@ -1,14 +1,16 @@
 """AS ACE-Step 1.5: what is a planning and synthesis music system made of?
 
-A census: every figure follows from four configurations (planner, diffusion transformer with its encoders, audio
-autoencoder, text embedder), and is held against modules that were built from them, or against the tensor headers
-of a checkpoint (`--model FOLDER`). What runs through the modules is in the settings, and calibration runs it.
+A census of what was counted: in modules that maintained libraries build from four configurations (planner, diffusion
+transformer with its encoders, audio autoencoder, text embedder), or in the tensor headers of a checkpoint (`--model
+FOLDER`). What the configurations imply by closed forms is `implied...`, and controls hold the counts against it. What
+runs through the modules is in the settings, and calibration runs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +30,8 @@ DIT_FILE = tuple(name for name, (role, _) in ace_step.COMPONENTS.items() if role
 PLAIN_STACKS = ("lm_planner", "lyric_encoder", "timbre_encoder", "attention_pooler", "audio_detokenizer")
 QWEN3_1_7B = "qwen3-1.7b"
 SONG_SECONDS = 600
+#: rest of a name, shape, how many
+Group = tuple[str, shapes.Shape, int]
 PRINTED = ("parameters_stated", "parameters_resolution", "tensors_stated")
 
 
@@ -65,9 +69,19 @@ class AceStep(Record):
     # ---- census
 
     @cached_property
-    def expected(self) -> dict[str, shapes.Shapes]:
+    def implied(self) -> dict[str, shapes.Shapes]:
         """The tensors that the configurations imply, by component."""
         return ace_step.components(self.configs)
+
+    def implied_parameters(self, component: str) -> int:
+        """Parameters of a component by the configuration."""
+        self.config(ace_step.COMPONENTS[component][0])
+        return shapes.parameters(self.implied[component])
+
+    def implied_tensors(self, component: str) -> int:
+        """Number of a component's parameter tensors by the configuration."""
+        self.config(ace_step.COMPONENTS[component][0])
+        return len(self.implied[component])
 
     def printed(self, name: str) -> xr.DataArray:
         """A figure that the source prints; what a checkpoint is held against, too."""
@@ -82,19 +96,20 @@ class AceStep(Record):
         return float(found.sel(component=component))
 
     def parameters(self, component: str) -> int:
-        """Parameters of a component by the configuration."""
-        if component not in self.expected:
-            self.config(ace_step.COMPONENTS[component][0])
-        return shapes.parameters(self.expected[component])
+        """Parameters of a component as counted in modules or headers."""
+        return self._counted("parameters", component)
 
     def together(self, *components: str) -> int:
-        """Parameters of several components by the configuration."""
+        """Parameters of several components as counted."""
         return sum(map(self.parameters, components))
 
     def tensors(self, component: str) -> int:
-        """Number of a component's parameter tensors by the configuration."""
-        self.parameters(component)
-        return len(self.expected[component])
+        """Number of a component's parameter tensors as counted."""
+        return self._counted("tensors", component)
+
+    def _counted(self, name: str, component: str) -> int:
+        self.config(ace_step.COMPONENTS[component][0])
+        return int(self.of(name, component))
 
     @cached_property
     def dit_tensors(self) -> int:
@@ -109,12 +124,10 @@ class AceStep(Record):
 
     @cached_property
     def quantizer_parameters(self) -> dict[str, int]:
-        """Parameters of the quantizer: weights and biases."""
-        self.config("dit")
-        parts = {"weights": 2, "biases": 1}
-        found = self.expected["fsq_quantizer"]
+        """Parameters of the quantizer: weights, which have two axes, and biases."""
+        parts, found = {"weights": 2, "biases": 1}, self.groups("dit", "tokenizer.quantizer.")
         return {
-            part: shapes.parameters({name: shape for name, shape in found.items() if len(shape) == axes})
+            part: sum(prod(shape) * count for _, shape, count in found if len(shape) == axes)
             for part, axes in parts.items()
         }
 
@@ -138,20 +151,37 @@ class AceStep(Record):
 
     @cached_property
     def groups_beyond(self) -> list[str]:
-        """Components in which a checkpoint's shapes and their numbers are not those of the configuration."""
-        found = self.setting("tensor_groups")
+        """Components in which the shapes that were counted, and their numbers, are not those of the configuration."""
         wrong = []
-        for role, groups in found.items():
-            expected = {name: table for name, table in self.expected.items() if ace_step.COMPONENTS[name][0] == role}
+        for role, groups in self.setting("tensor_groups").items():
+            tables = {name: table for name, table in self.implied.items() if ace_step.COMPONENTS[name][0] == role}
             here = _by_component(role, groups)
-            implied = {name: _by_component(role, headers.grouped(table)).get(name) for name, table in expected.items()}
+            implied = {name: _by_component(role, headers.grouped(table)).get(name) for name, table in tables.items()}
             wrong += sorted(name for name in here.keys() | implied.keys() if here.get(name) != implied.get(name))
         return wrong
+
+    # ---- tensors by name
+
+    def groups(self, role: str, start: str) -> list[Group]:
+        """Tensors whose name starts so: the rest of the name, shape, and how many, layers as `{i}`; as counted.
+
+        Args:
+            role: whose tensors, e.g. `dit` for the file that holds the DiT.
+            start: e.g. `decoder.time_embed.`.
+        """
+        self.config(role)
+        found = self.setting("tensor_groups")[role]
+        here = [group for group in found if group["name"].startswith(start)]
+        return [(group["name"][len(start) :], tuple(group["shape"]), group["count"]) for group in here]
+
+    def shapes_of(self, name: str) -> list[tuple[shapes.Shape, int]]:
+        """Shapes of the tensors of one name in the DiT's file, and how many have each; none if it has no such name."""
+        return [(shape, count) for rest, shape, count in self.groups("dit", name) if not rest]
 
     # ---- stacks
 
     def stack(self, name: str) -> shapes.Widths:
-        """Sizes of a layer of a stack."""
+        """Sizes of a layer of a stack by the configuration."""
         return ace_step.widths(self.config(ace_step.STACKS[name][0]))
 
     def depth(self, name: str) -> int:
@@ -159,10 +189,22 @@ class AceStep(Record):
         role, field, _ = ace_step.STACKS[name]
         return int(self.config(role)[field])
 
-    def layer_parameters(self, name: str) -> int:
-        """Parameters of one layer of a stack."""
-        layer = ace_step.transformer_layer if name == "dit" else ace_step.plain_layer
-        return shapes.parameters(layer(self.stack(name)))
+    def layer_shapes(self, name: str) -> dict[shapes.Shape, float]:
+        """Shapes of a stack's tensors, and how many of each a layer has on average."""
+        found: dict[shapes.Shape, float] = {}
+        for _, shape, count in self.groups(ace_step.STACKS[name][0], ace_step.layers_of(name)):
+            found[shape] = found.get(shape, 0) + count / self.depth(name)
+        return found
+
+    def layer_parameters(self, name: str) -> float:
+        """Parameters of one layer of a stack, on average over its layers."""
+        found = self.groups(ace_step.STACKS[name][0], ace_step.layers_of(name))
+        return _per(sum(prod(shape) * count for _, shape, count in found), self.depth(name))
+
+    def shapes_beyond_dit(self, name: str) -> list[shapes.Shape]:
+        """Shapes of which a layer of a stack has more than a DiT layer, which has a second attention and a table."""
+        own, dit = self.layer_shapes(name), self.layer_shapes("dit")
+        return sorted(shape for shape, count in own.items() if count > dit.get(shape, 0))
 
     def sliding_layers(self, name: str) -> int:
         """Layers of a stack that see a band only."""
@@ -175,18 +217,13 @@ class AceStep(Record):
 
     @cached_property
     def dit_layer_parameters(self) -> xr.DataArray:
-        """Parameters of each DiT layer [layer]: counted where headers were read, else by the configuration."""
-        return self._of_layers("dit_layer_parameters", self.layer_parameters("dit"))
+        """Parameters of each DiT layer [layer]: its own where headers were read, else an equal part of all layers'."""
+        return self._of_layers("dit_layer_parameters", self.parameters)
 
     @cached_property
     def dit_layer_tensors(self) -> xr.DataArray:
-        """Tensors of each DiT layer [layer]."""
-        return self._of_layers("dit_layer_tensors", len(ace_step.transformer_layer(self.stack("dit"))))
-
-    @cached_property
-    def dit_shapes(self) -> dict[str, shapes.Shape]:
-        """Shapes of the DiT's tensors that are outside its layers, and those of its first layer."""
-        return ace_step.transformer(self.config("dit"))
+        """Tensors of each DiT layer [layer]: its own where headers were read, else an equal part of all layers'."""
+        return self._of_layers("dit_layer_tensors", self.tensors)
 
     @cached_property
     def keys_seen(self) -> int:
@@ -194,11 +231,12 @@ class AceStep(Record):
         window = self.config("dit")["sliding_window"]
         return max(shapes.band(4 * window + 2, window))
 
-    def _of_layers(self, name: str, value: int) -> xr.DataArray:
+    def _of_layers(self, name: str, count: Callable[[str], int]) -> xr.DataArray:
         if self.has(name):
             return self.data[name]
         depth = self.depth("dit")
-        return xr.DataArray([value] * depth, dims="layer", coords={"layer": range(depth)})
+        one = _per(count("dit_layers"), depth)
+        return xr.DataArray([one] * depth, dims="layer", coords={"layer": range(depth)})
 
     # ---- tokens, codes and rates
 
@@ -225,6 +263,11 @@ class AceStep(Record):
     def latents_of(self, samples: int) -> int:
         """Latents of so many samples."""
         return oobleck.latents_of(self.config("vae"), samples)
+
+    @cached_property
+    def latent_channels(self) -> int:
+        """Channels of a latent: half of what the encoder writes, the other half being spreads."""
+        return int(self.config("vae")["encoder_hidden_size"]) // 2
 
     def samples_of(self, latents: int) -> int:
         """Samples decoded from so many latents."""
@@ -258,14 +301,14 @@ class AceStep(Record):
     @cached_property
     def budget(self) -> xr.DataArray:
         """Parameters by component [component], 10^6; of those whose configuration is here."""
-        found = {name: shapes.parameters(table) / 1e6 for name, table in self.expected.items()}
+        found = {name: self.parameters(name) / 1e6 for name in self.implied}
         return xr.DataArray(list(found.values()), dims="component", coords={"component": list(found)})
 
     @cached_property
     def misprint(self) -> xr.DataArray:
         """Printed count's distance from the exact one in units of its last digit [component]; above 0.5 it is wrong."""
         found, unit = (self.printed(name).dropna("component") for name in PRINTED[:2])
-        here = [str(name) for name in unit.component.values if name in self.expected]
+        here = [str(name) for name in unit.component.values if name in self.implied]
         exact = xr.DataArray(list(map(self.parameters, here)), dims="component", coords={"component": here})
         return abs(found.sel(component=here) - exact) / unit.sel(component=here)
 
@@ -273,6 +316,11 @@ class AceStep(Record):
     def rate(self) -> xr.DataArray:
         """Frames per second [stream]."""
         return xr.DataArray(list(self.rates.values()), dims="stream", coords={"stream": list(self.rates)})
+
+
+def _per(total: int, count: int) -> float:
+    """An equal part of a count, whole where it is."""
+    return total // count if total % count == 0 else total / count
 
 
 def _by_component(role: str, groups: list[dict[str, Any]]) -> dict[str, dict[tuple[int, ...], int]]:

@@ -99,13 +99,17 @@ class FishSpeech(WeightStatistics):
         """Elements of all tensors."""
         return int(self.variable("parameters_total"))
 
+    @property
+    def weight_dtype(self) -> str:
+        """Dtype of the tensors; several, in alphabetical order, where they differ."""
+        return str(self.settings["weight_dtype"])
+
     @cached_property
     def gigabytes(self) -> float:
         """Size of all tensors, 10^9 bytes."""
-        dtype = self.settings["weight_dtype"]
-        if dtype not in ITEM_BYTES:
-            raise NotApplicable(f"the tensors of {self.subject} are {dtype}: a size follows from one dtype only")
-        return ITEM_BYTES[dtype] * self.parameters / 1e9
+        if self.weight_dtype not in ITEM_BYTES:
+            raise NotApplicable(f"the tensors of {self.subject} are {self.weight_dtype}: a size follows from one dtype")
+        return ITEM_BYTES[self.weight_dtype] * self.parameters / 1e9
 
     @cached_property
     def prefix_share(self) -> xr.DataArray:
@@ -214,13 +218,13 @@ class FishSpeech(WeightStatistics):
 
     @cached_property
     def codec_parameters(self) -> dict[str, int]:
-        """Trainable parameters by component."""
-        return {name: part.parameters for name, part in self.codec.items()}
+        """Trainable parameters by component, and their total."""
+        return _with_total({name: part.parameters for name, part in self.codec.items()})
 
     @cached_property
     def codec_elements(self) -> dict[str, int]:
-        """What a state dict holds by component: parameters, masks and rotary tables."""
-        return {name: part.parameters + part.buffer_elements for name, part in self.codec.items()}
+        """What a state dict holds by component, and in total: parameters, masks and rotary tables."""
+        return _with_total({name: part.parameters + part.buffer_elements for name, part in self.codec.items()})
 
     @cached_property
     def codec_layers(self) -> dict[str, int]:
@@ -228,8 +232,12 @@ class FishSpeech(WeightStatistics):
         return {name: part.transformer_layers for name, part in self.codec.items()}
 
     def codec_stated(self, component: str) -> float:
-        """Millions of parameters that the source prints for a component."""
-        return float(self._printed("codec_elements_stated").sel(component=component)) / 1e6
+        """Parameters that the source prints for a component, or for the `total`."""
+        return float(self._printed("codec_elements_stated").sel(component=component))
+
+    def codec_resolution(self, component: str) -> float:
+        """One unit of that number's last digit."""
+        return float(self._printed("codec_elements_resolution").sel(component=component))
 
     @cached_property
     def codebook_sizes(self) -> list[int]:
@@ -272,6 +280,10 @@ class FishSpeech(WeightStatistics):
         parts = {f"{name}_parameters": part.parameters / 1e6 for name, part in self.codec.items()}
         parts |= {f"{name}_buffers": part.buffer_elements / 1e6 for name, part in self.codec.items()}
         return xr.DataArray(list(parts.values()), dims="part", coords={"part": list(parts)})
+
+
+def _with_total(counts: dict[str, int]) -> dict[str, int]:
+    return counts | {"total": sum(counts.values())}
 
 
 def measure(folder: Path) -> xr.Dataset:

@@ -19,11 +19,14 @@ def measure(folder: Path) -> xr.Dataset:
     tables: dict[str, Shapes] = {}
     for role, part in read.items():
         tables |= ace_step.census(role, headers.shapes(part))
-    named = [name for name in ace_step.COMPONENTS if name in tables]
-    counts = [parameters(tables[name]) for name in named]
+    # A component of which a file holds nothing counts as 0.
+    named = [name for name, (role, _) in ace_step.COMPONENTS.items() if role in read]
+    counts = [parameters(tables.get(name, {})) for name in named]
     variables = {
         "parameters": variable("component", counts, "parameters", "elements of the component's tensors"),
-        "tensors": variable("component", [len(tables[name]) for name in named], "tensors", "how many there are"),
+        "tensors": variable(
+            "component", [len(tables.get(name, {})) for name in named], "tensors", "how many there are"
+        ),
     }
     coords: dict[str, list[str] | range] = {"component": named}
     layers = _dit_layers(headers.shapes(read["dit"]), configs["dit"]["num_hidden_layers"]) if "dit" in read else []
