@@ -1,6 +1,7 @@
 """Known answers of activation patching: a model that moves the answer in one known layer, and identities of any."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ import torch
 import xarray as xr
 
 from lab.corpora.minimal_pairs import TokenPair
-from lab.experiments.layers.activation_patching import ActivationPatching
+from lab.errors import NotApplicable
+from lab.experiments.layers.activation_patching import EXPERIMENT, ActivationPatching
+from lab.experiments.layers.measuring import activation_patching
 from lab.experiments.layers.measuring.activation_patching import POSITIONS, patched
+from lab.store import Sweep
 from lab.subjects.anatomy import Decoder
 from lab.subjects.tiny import LAYERS, VOCABULARY, tiny
 
@@ -148,3 +152,13 @@ def test_single_layer_patches_equal_hooks_on_the_model():
     expected = [float(logits[row, p.answer] - logits[row, p.corrupted_answer]) for row, p in enumerate(pairs)]
     found = record_of(model, pairs).variable("update_patched_preference").sel(layer=2)
     assert np.allclose(found, expected, atol=1e-4)
+
+
+def test_a_model_that_solves_no_pair_cannot_be_patched(monkeypatch):
+    """One without embeddings prefers neither answer: ties are not solved."""
+    monkeypatch.setattr(activation_patching, "tokenised", lambda pairs, tokenizer: (random_pairs(), []))
+    model = tiny("gpt2")
+    model.transformer.wte.weight.data.zero_()
+    subject = SimpleNamespace(facts=SimpleNamespace(name="blank"), tokenizer=None, decoder=Decoder(model))
+    with pytest.raises(NotApplicable, match="blank solves none of the 4 minimal pairs; nothing can be patched"):
+        activation_patching.measure(subject, EXPERIMENT.budgets["quick"], Sweep())

@@ -13,7 +13,7 @@ from lab.alarms.trial import Trial
 from lab.corpora.corpus import Corpus, Text
 from lab.errors import UserError
 from lab.experiments.layers import layer_knockout, layer_swap_cost
-from lab.subjects.products import WideLinear, widen_slow_products
+from lab.subjects.products import WideLinear, is_native, widen_slow_products
 from lab.subjects.tiny import loaded, random_corpus, tiny
 
 pytestmark = pytest.mark.calibration
@@ -24,6 +24,9 @@ BUDGETS = {
 }
 #: share of its tolerance that no number of a tiny model may move by without a reason
 STILL = 0.05
+#: the same where a native kernel multiplies bfloat16: it rounds a row by the shape of the batch (0.19 of a tolerance
+#: with batches a quarter as large, on AMX), wide products do not
+STILL_NATIVE = 0.3
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3_text"])
@@ -51,7 +54,8 @@ def shares(trial, plain, variation):
 
 @pytest.mark.parametrize("circumstance", series.CIRCUMSTANCES)
 def test_circumstances_move_nothing(trial, plain, circumstance):
-    assert shares(trial, plain, series.CIRCUMSTANCES[circumstance]) < STILL
+    still = STILL_NATIVE if is_native(torch.bfloat16) else STILL
+    assert shares(trial, plain, series.CIRCUMSTANCES[circumstance]) < still
 
 
 LOUD = {

@@ -287,7 +287,7 @@ def test_checking_a_model_end_to_end(tmp_path):
     assert "measuring layer_knockout on my-gpt2 ..." in first.stdout
     assert "findings that transfer to my-gpt2" in first.stdout
     assert "no snapshot of this model yet" in first.stdout
-    for reason in ("solves none of the", "leaves no contrastive families", "a decoder layer keeps attn.c_attn.weight"):
+    for reason in ("leaves no contrastive families", "a decoder layer keeps attn.c_attn.weight"):
         assert reason in first.stdout  # where an experiment does not apply, its claims are skipped
     rows = json.loads(verdicts.read_text())
     assert {row["subject"] for row in rows} == {"my-gpt2"}
