@@ -33,6 +33,7 @@ def code_digest(module: str) -> str:
     return digest.hexdigest()
 
 
+@cache
 def code_of(source: str) -> bytes:
     """Python source without comments, docstrings, blank lines and spaces at the ends of lines."""
     lines = source.encode().splitlines()
@@ -69,18 +70,19 @@ def _sources(start: Path | None) -> set[Path]:
         path = waiting.pop()
         if path not in found:
             found.add(path)
-            waiting += [file for name in _imports(path) if (file := _file(name))]
+            waiting += [file for name in _imports(path.read_text("utf-8")) if (file := _file(name))]
     return found
 
 
-def _imports(path: Path) -> set[str]:
+@cache
+def _imports(source: str) -> frozenset[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.split(".")[0] == "lab"}
+    return frozenset(name for name in names if name.split(".")[0] == "lab")
 
 
 def _file(module: str) -> Path | None:

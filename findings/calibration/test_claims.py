@@ -133,6 +133,35 @@ def test_an_assert_message_reaches_the_error():
         Predicate(explained)({"x": 0})
 
 
+def test_labels_that_differ_are_no_common_labels():
+    """xarray would compare the one layer that both profiles have."""
+
+    def claim(one, other):
+        assert (one - other).max() < 1
+
+    profiles = {
+        "one": xr.DataArray([0.0, 9.0], {"layer": [0, 1]}),
+        "other": xr.DataArray([0.0, 0.0], {"layer": [0, 2]}),
+    }
+    with pytest.raises(ValueError, match="layer"):
+        Predicate(claim)(profiles)
+    assert len(profiles["one"] - profiles["other"]) == 1
+
+
+def test_single_numbers_compare_as_xarray_has_it():
+    """In their own precision, labels or not."""
+    number = xr.DataArray(np.float32(0.1), {"layer": 3})
+
+    def claim(found):
+        assert found == 0.1
+        assert 0.1 <= found < np.float32(0.2)
+
+    compared = Predicate(claim)({"found": number})
+    assert compared[0].operands[0] is number
+    assert all(comparison.holds for comparison in compared)
+    assert bool(number == 0.1)
+
+
 def test_tracebacks_point_at_the_claim():
     with pytest.raises(Refuted) as caught:
         Predicate(in_a_loop)({"x": [-1]})

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
-import scipy
+import scipy.stats  # before the clock of an example runs
+import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
+from lab.statistics import depth, ranks
 from lab.statistics.correlations import (
     holm,
     leave_one_out,
@@ -41,6 +44,31 @@ def test_rank_correlation_is_spearmans(profile, random):
     random.shuffle(other)
     expected = scipy.stats.spearmanr(profile, other).statistic if len(set(profile)) > 1 else np.nan
     assert rank_correlation(profile, other) == pytest.approx(expected, nan_ok=True)
+
+
+def test_ranks_are_of_the_same_labels():
+    profile = xr.DataArray([1.0, 3.0, 2.0], {"layer": [0, 1, 2]})
+    assert ranks.spearman(profile, xr.DataArray([10.0, 30.0, 20.0], dims="layer")) == pytest.approx(1)
+    with pytest.raises(ValueError, match="layer"):
+        ranks.spearman(profile, profile.assign_coords(layer=[1, 2, 3]))
+
+
+@given(hnp.arrays(float, st.integers(4, 9), elements=st.integers(-3, 3).map(float) | st.just(np.nan)))
+def test_the_label_of_the_largest_is_that_of_xarray(values):
+    profile = xr.DataArray(values, {"layer": np.arange(len(values)) + 2})
+    if np.isnan(values).all():
+        with pytest.raises(ValueError, match="NaN"):
+            depth.label_of_largest(profile)
+    else:
+        assert depth.label_of_largest(profile) == int(profile.idxmax())
+
+
+@given(hnp.arrays(float, (2, 7), elements=st.integers(-3, 3).map(float)))
+def test_without_each_layer_is_the_correlation_of_the_others(profiles):
+    x, y = profiles
+    for correlate in (depth.pearson_of, depth.spearman_of):
+        expected = [correlate(np.delete(x, layer), np.delete(y, layer)) for layer in range(7)]
+        np.testing.assert_array_equal(depth.without_each(x, y, correlate), expected)
 
 
 def test_one_outlier_shows_in_leave_one_out():

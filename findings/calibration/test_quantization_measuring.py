@@ -350,14 +350,24 @@ def test_a_process_of_its_own_sees_the_same_bytes(folder):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).requires_grad_(False)
-    found = footprint.footprint(folder, "bfloat16", 64)
+    found = footprint.footprints(folder, ["bfloat16"], 64)["bfloat16"]
     assert found["stored"] == pytest.approx(footprint.stored_bytes(model) / footprint.GIGABYTE)
     assert found["seconds"] > 0
 
 
+def test_no_model_is_in_the_memory_of_another(folder):
+    """Whichever is measured first: both are forks of a process that holds none."""
+    methods = ["torchao_int8_weight_only", "bfloat16"]
+    one, other = (footprint.footprints(folder, order, 64) for order in (methods, methods[::-1]))
+    assert list(one) == methods
+    for method in methods:
+        assert one[method]["stored"] == other[method]["stored"]
+        assert one[method]["resident"] == pytest.approx(other[method]["resident"], abs=0.01)
+
+
 def test_a_failing_process_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="cannot measure the memory of bfloat16"):
-        footprint.footprint(tmp_path, "bfloat16", 64)
+    with pytest.raises(UserError, match=r"cannot measure the memory of bfloat16 on .* \(\w*Error: .*\); see"):
+        footprint.footprints(tmp_path, ["bfloat16"], 64)
 
 
 def test_scales_of_four_bit_weights_are_counted():

@@ -40,6 +40,21 @@ def test_means_are_over_tokens(record):
     np.testing.assert_array_equal(record.mean("norm"), [3, 4])
 
 
+def test_a_mean_is_what_xarray_makes_of_it_labels_included(record):
+    loss, tokens = record.data["loss"].assign_coords(text=("prompt", list("abc"))), record.data["scored_tokens"]
+    found = Record(record.data.assign(loss=loss)).mean("loss")
+    xr.testing.assert_identical(found, xr.dot(loss, tokens, dim="prompt") / float(tokens.sum()))
+
+
+def test_a_mean_is_taken_once_and_a_summary_leaves_it_alone(record):
+    """Five hundred resamples are asked for the same few means by dozens of claims."""
+    mean = record.mean("norm")
+    before = mean.copy()
+    record.summary()["norm"].attrs["unit"] = "another"
+    assert record.mean("norm") is mean
+    xr.testing.assert_identical(mean, before)
+
+
 def test_what_the_record_lacks_is_not_applicable(record):
     with pytest.raises(NotApplicable, match="the measured record of tiny holds no knockout_loss"):
         record.variable("knockout_loss")

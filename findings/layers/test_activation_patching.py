@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 
 from fixtures.claims import claim, not_applicable
+from lab.statistics.depth import label_of_largest
 from lab.statistics.ranks import spearman
 
 
@@ -33,7 +34,7 @@ def test_beyond_the_first_layer_the_bottleneck_is_the_most_critical_layer(activa
 
     Layer 0 turns tokens into features: its clean update carries the changed words themselves.
     """
-    most_critical = int(layer_knockout.loss_delta.isel(layer=slice(1, None)).idxmax())
+    most_critical = label_of_largest(layer_knockout.loss_delta.isel(layer=slice(1, None)))
     assert activation_patching.later_bottleneck_layer == most_critical
 
 

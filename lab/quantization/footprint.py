@@ -4,7 +4,10 @@ The published memory column was read while the bfloat16 model still lay on the d
 quantizes it, drops what it no longer needs, and reports two figures: the bytes of all tensors that the model holds,
 and by how much the process itself has grown.
 
-    python -m lab.quantization.footprint FOLDER METHOD
+    python -m lab.quantization.footprint FOLDER GROUP METHOD...
+
+These processes are forks of one that has imported what they need and holds no model: imports take seconds, and their
+own memory is part of no growth.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +36,28 @@ METHODS = (
 GIGABYTE = 1e9
 
 
-def footprint(folder: Path, method: str, group: int) -> dict[str, float]:
-    """What one method's model takes, from a fresh process.
+def footprints(folder: Path, methods: Sequence[str], group: int) -> dict[str, dict[str, float]]:
+    """What the model of each method takes, from fresh processes, one after the other.
 
     Args:
         folder: the model's safetensors folder.
-        method: one of `METHODS`.
+        methods: some of `METHODS`.
         group: group size of torchao's 4 bits.
 
     Returns:
-        `stored` and `resident` [GB], `seconds` to load and quantize.
+        For each method `stored` and `resident` [GB], `seconds` to load and quantize.
 
     Raises:
-        UserError: the process failed; its last line is in the message.
+        UserError: a process failed; its last line is in the message.
     """
-    command = [sys.executable, "-m", "lab.quantization.footprint", str(folder), method, str(group)]
+    command = [sys.executable, "-m", "lab.quantization.footprint", str(folder), str(group), *methods]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"cannot measure the memory of {method} on {folder} ({last}); see `{' '.join(command)}`")
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+        raise UserError(
+            f"cannot measure the memory of {', '.join(methods)} on {folder} ({last}); see `{' '.join(command)}`"
+        )
+    found: dict[str, dict[str, float]] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
@@ -104,15 +112,46 @@ def quantize_model(model: Any, method: str, group: int) -> Any:
     return model
 
 
+def _main(folder: Path, group: int, methods: Sequence[str]) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # a fork has no threads but the one that forked
+    _import(methods)
+    print(json.dumps({method: _in_a_fork(folder, method, group) for method in methods}))
+
+
+def _import(methods: Sequence[str]) -> None:
+    from transformers import AutoModelForCausalLM, modeling_utils  # noqa: F401
+
+    from lab.quantization import libraries  # noqa: F401
+
+    names = {method.partition("_")[0] for method in methods}
+    if "bitsandbytes" in names:
+        import bitsandbytes  # noqa: F401
+    if "torchao" in names:
+        import torchao.quantization  # noqa: F401
+
+
+def _in_a_fork(folder: Path, method: str, group: int) -> dict[str, float]:
+    context = get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_tell, args=(theirs, folder, method, group))
+    process.start()
+    process.join()
+    if process.exitcode:  # it has said why, unless it was killed
+        raise SystemExit(f"{method} was ended by signal {-process.exitcode}" if process.exitcode < 0 else 1)
+    found: dict[str, float] = ours.recv()
+    return found
+
+
+def _tell(connection: Connection, folder: Path, method: str, group: int) -> None:
+    connection.send(_measured(folder, method, group))
+
+
 def _measured(folder: Path, method: str, group: int) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    if method.startswith("bitsandbytes"):
-        import bitsandbytes  # noqa: F401  # its libraries are no part of the model
-    if method.startswith("torchao"):
-        import torchao.quantization  # noqa: F401
-    torch.set_num_threads(1)
     before, started = _private_bytes(), time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
     model = quantize_model(model.eval().requires_grad_(False), method, group)
@@ -133,4 +172,4 @@ def _private_bytes() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measured(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))
+    _main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

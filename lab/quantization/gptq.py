@@ -63,11 +63,12 @@ class GPTQ:
             found |= {f"{index}.{path}": weight for path, weight in weights.items()}
         return found
 
-    def _rounded(self, linear: nn.Linear, inputs: Sequence[Tensor]) -> Tensor:
-        """A matrix, quantized and dequantized, given what it sees in each batch [tokens, in]."""
+    def _rounded(self, weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """A matrix [out, in], quantized and dequantized, given what it sees in each batch [tokens, in]."""
         gptq = _library()
-        weight = linear.weight.detach()
-        columns = gptq.GPTQ(linear, weight, device=weight.device)
+        # Of the layer it is only asked what kind of layer it is.
+        kind = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        columns = gptq.GPTQ(kind, weight, device=weight.device)
         columns.quantizer.configure(
             {
                 "dtype": "int",
@@ -90,7 +91,7 @@ class GPTQ:
 
 @torch.no_grad()
 def _layers(
-    decoder: Decoder, texts: Sequence[TokenText], rounded: Callable[[nn.Linear, Sequence[Tensor]], Tensor]
+    decoder: Decoder, texts: Sequence[TokenText], rounded: Callable[[Tensor, Sequence[Tensor]], Tensor]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Index and new matrices by path of one layer after the other."""
     batches = [batch.to(decoder.device) for batch in token_batches(list(texts), BATCH_TOKENS)]
@@ -102,10 +103,39 @@ def _layers(
             with _watched(layer, batch, inputs):
                 captured.apply(layer, state, index, 1)
         with _unlogged():
-            weights = {path: rounded(linear, inputs[path]) for path, linear in matrices(layer).items()}
+            weights = _together(matrices(layer), inputs, rounded)
         quantized = WithWeights(layer, {f"{path}.weight": weight for path, weight in weights.items()})
         states = [captured.apply(quantized, state, index, 1) for state, captured in zip(states, calls, strict=True)]
         yield index, weights
+
+
+def _together(
+    linears: Mapping[str, nn.Linear],
+    inputs: Mapping[str, Sequence[Tensor]],
+    rounded: Callable[[Tensor, Sequence[Tensor]], Tensor],
+) -> dict[str, Tensor]:
+    """New matrices by path; those that see the same are rounded as one matrix.
+
+    Rows of a matrix are rounded apart, all with the Hessian of their inputs, and time goes by columns.
+    """
+    found: dict[str, Tensor] = {}
+    for paths in _alike(inputs):
+        weights = [linears[path].weight.detach() for path in paths]
+        parts = torch.split(rounded(torch.cat(weights), inputs[paths[0]]), [len(weight) for weight in weights])
+        found |= dict(zip(paths, parts, strict=True))
+    return {path: found[path] for path in linears}
+
+
+def _alike(inputs: Mapping[str, Sequence[Tensor]]) -> list[list[str]]:
+    """Paths, those together that see equal inputs."""
+    groups: list[list[str]] = []
+    for path, seen in inputs.items():
+        known = (group for group in groups if all(map(torch.equal, seen, inputs[group[0]])))
+        if (group := next(known, None)) is not None:
+            group.append(path)
+        else:
+            groups.append([path])
+    return groups
 
 
 def _library() -> Any:

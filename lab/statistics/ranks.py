@@ -12,15 +12,19 @@ def spearman(x: xr.DataArray, y: xr.DataArray) -> float:
 
     NaN where either array is constant, for then no order exists.
     """
-    x, y = xr.align(x, y, join="exact")
-    ranks = scipy.stats.rankdata(x.values), scipy.stats.rankdata(y.values)
-    return _pearson(*ranks)
+    return _pearson(*map(scipy.stats.rankdata, _paired(x, y)))
 
 
 def pearson(x: xr.DataArray, y: xr.DataArray) -> float:
     """Pearson's correlation of two arrays over the same labels [n]; NaN where either is constant."""
-    x, y = xr.align(x, y, join="exact")
-    return _pearson(x.values.astype(float), y.values.astype(float))
+    a, b = _paired(x, y)
+    return _pearson(a.astype(float), b.astype(float))
+
+
+def _paired(x: xr.DataArray, y: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
+    if x.dims != y.dims or not all(x.get_index(name).equals(y.get_index(name)) for name in x.dims):
+        x, y = xr.align(x, y, join="exact")  # says what differs
+    return x.values, y.values
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:

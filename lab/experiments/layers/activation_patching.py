@@ -23,6 +23,7 @@ from lab import paths
 from lab.errors import NotApplicable
 from lab.experiments import Experiment, Tolerance
 from lab.records import Record
+from lab.statistics.depth import label_of_largest
 
 if TYPE_CHECKING:
     from lab.corpora.corpus import Corpus
@@ -66,7 +67,7 @@ class ActivationPatching(Record):
     @property
     def causal_bottleneck_layer(self) -> int:
         """The layer whose clean update recovers most."""
-        return int(self.update_recovery.idxmax())
+        return label_of_largest(self.update_recovery)
 
     @property
     def later_bottleneck_layer(self) -> int:
@@ -74,7 +75,7 @@ class ActivationPatching(Record):
 
         The first layer's update at all positions carries the changed tokens themselves.
         """
-        return int(self.update_recovery.isel(layer=slice(1, None)).idxmax())
+        return label_of_largest(self.update_recovery.isel(layer=slice(1, None)))
 
     @property
     def handover_layer(self) -> float:

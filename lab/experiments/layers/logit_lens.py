@@ -25,6 +25,7 @@ from lab.corpora.token_classes import TOKEN_TYPES, token_type
 from lab.errors import NotApplicable, UserError
 from lab.experiments import Experiment, Tolerance
 from lab.records import Record, variable
+from lab.statistics.depth import label_of_largest
 from lab.statistics.lens_figures import lens_figures
 from lab.statistics.rank_paths import EMBEDDING
 
@@ -202,12 +203,12 @@ class LogitLens(Record):
     def knee(self) -> int:
         """Slot at which top-1 accuracy lies farthest below the straight line from (0, 0) to (1, last accuracy)."""
         below = self.depth * self.top1.sel(slot=self.last) - self.top1
-        return int(below.idxmax())
+        return label_of_largest(below)
 
     @cached_property
     def sharpest_bend(self) -> int:
         """Layer whose gain of top-1 accuracy exceeds that of the layer before by most."""
-        return int(self.gain.diff("layer").idxmax())
+        return label_of_largest(self.gain.diff("layer"))
 
     def first_slot_below(self, ranks: xr.DataArray, limit: float) -> int:
         """First slot past the embedding at which a rank profile [slot] lies below a limit; L if none does."""

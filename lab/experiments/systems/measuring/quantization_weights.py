@@ -81,13 +81,11 @@ def memory_variables(subject: LoadedSubject, work: Workbench) -> Variables:
     if not work.budget.footprints:
         return found
     folder = required_location(subject.facts)
-    rows, known = [], [method for method in footprint.METHODS if work.has_library_of(method)]
-    for index, method in enumerate(known):
-        compute = partial(_footprint_arrays, str(folder), method, work.group)
-        rows.append(work.losses.sweep.shard(f"memory of {method}", compute))
-        work.losses.sweep.progress(index + 1, len(known), "memory")
+    known = [method for method in footprint.METHODS if work.has_library_of(method)]
+    work.losses.sweep.progress(0, len(known), "memory")
+    compute = partial(_footprint_arrays, folder, known, work.group)
+    columns = work.losses.sweep.shard(f"memory of {', '.join(known)}", compute)
     work.labels["memory_method"] = known
-    columns = {key: [float(row[key]) for row in rows] for key in ("stored", "resident", "seconds")}
     dim = "memory_method"
     return found | {
         "stored_memory": variable(dim, columns["stored"], "GB", "bytes of all tensors of the loaded model"),
@@ -97,8 +95,9 @@ def memory_variables(subject: LoadedSubject, work: Workbench) -> Variables:
     }
 
 
-def _footprint_arrays(folder: str, method: str, group: int) -> Arrays:
-    return {key: np.array(value) for key, value in footprint.footprint(Path(folder), method, group).items()}
+def _footprint_arrays(folder: Path, methods: Sequence[str], group: int) -> Arrays:
+    rows = footprint.footprints(folder, methods, group)
+    return {key: np.array([rows[name][key] for name in methods]) for key in ("stored", "resident", "seconds")}
 
 
 def expected_gigabytes(linear: int, parameters: int, head: int, tied: bool, group: int) -> dict[str, float]:
