@@ -11,7 +11,7 @@ from gguf.quants import dequantize, quantize
 
 from lab.corpora.batches import TokenText, token_batches
 from lab.errors import UserError
-from lab.quantization import ggml
+from lab.quantization import ggml, gptq
 from lab.quantization.ggml import FALLBACKS, KQuant, encode, stored_bits
 from lab.quantization.gptq import GPTQ
 from lab.quantization.layers import Workshop, matrices
@@ -104,6 +104,12 @@ def test_it_is_the_textbook_s(architecture):
             assert (found - expected).abs().gt(1e-4).float().mean() < 0.03
             other.get_submodule(name).weight.data = found
     assert all(torch.equal(value, before[name]) for name, value in decoder.model.state_dict().items())
+
+
+def test_matrices_are_rounded_together_if_they_see_the_same_in_every_batch():
+    first, second, third = torch.randn(3, 5, 8).unbind()
+    seen = {"q": [first, second], "k": [first, second], "o": [first, third], "v": [first.clone(), second.clone()]}
+    assert gptq._alike(seen) == [["q", "k", "v"], ["o"]]
 
 
 def test_groups_have_16_levels(quantized):

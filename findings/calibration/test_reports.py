@@ -5,6 +5,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from lab.snapshots import drift
+
 pytestmark = pytest.mark.calibration
 
 MOVED = {"loss": [3.0] * 4, "layer_loss": [[1.1] * 4, [2.0] * 4, [2.5] * 4]}
@@ -212,3 +214,8 @@ def test_workers_report_as_one_process_does(moved):
 )
 def test_exit_codes_are_pytests(moved, arguments, code):
     assert moved.run("--fresh", *arguments, "--summary", "summary.md", "--drift", "drift.json").ret == code
+
+
+def test_quantities_come_by_what_moved_farthest_in_them():
+    found = [drift.Move("a", "", 5), drift.Move("b", "", 3), drift.Move("b", "", 2), drift.Move("a", "", 1)]
+    assert [(move.variable, move.share) for move, _ in drift.farthest(found)] == [("a", 5), ("b", 3)]
