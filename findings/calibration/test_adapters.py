@@ -24,7 +24,7 @@ from lab.adapters.lora import Factors
 from lab.adapters.merging import bfloat16, gaussian_merge, merge, schedule, total_rate
 from lab.adapters.updates import WeightUnderStudy, leading, update_norm
 from lab.errors import NotApplicable
-from lab.statistics.depth import spearman_of
+from lab.statistics.correlations import spearman_by_order
 from lab.statistics.spectra import Spectrum
 from lab.subjects.anatomy import Decoder
 from lab.subjects.products import WideLinear
@@ -99,8 +99,8 @@ def test_layers_are_adapted_wholly_or_not_at_all(name):
 
 def test_ranks_by_spectrum_follow_it_and_their_inverse_opposes_it():
     effective = SMALL.effective_rank_ratio.ravel()
-    assert spearman_of(allocation("spectral", SMALL).ravel(), effective) > 0.9
-    assert spearman_of(allocation("inverse", SMALL).ravel(), effective) < -0.9
+    assert spearman_by_order(allocation("spectral", SMALL).ravel(), effective) > 0.9
+    assert spearman_by_order(allocation("inverse", SMALL).ravel(), effective) < -0.9
 
 
 @settings(max_examples=40, deadline=None)

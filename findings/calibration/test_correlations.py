@@ -8,19 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lab.statistics import depth, ranks
+from lab.statistics import depth
 from lab.statistics.correlations import (
-    holm,
-    leave_one_out,
-    rank_correlation,
-    sign_share,
+    correlation_p_value,
+    pearson,
+    pearson_by_order,
+    spearman,
+    spearman_by_order,
     spearman_p_value,
-    t_test_p_value,
-    wilcoxon_p_value,
+    without_each,
 )
+from lab.statistics.significance import holm, sign_share, t_test_p_value, wilcoxon_p_value
 
 pytestmark = pytest.mark.calibration
 
+SCIPY = {pearson: scipy.stats.pearsonr, spearman: scipy.stats.spearmanr}
 PROFILES = st.lists(st.floats(-5, 5), min_size=5, max_size=20)
 
 
@@ -43,14 +45,26 @@ def test_rank_correlation_is_spearmans(profile, random):
     other = list(profile)
     random.shuffle(other)
     expected = scipy.stats.spearmanr(profile, other).statistic if len(set(profile)) > 1 else np.nan
-    assert rank_correlation(profile, other) == pytest.approx(expected, nan_ok=True)
+    assert spearman_by_order(profile, other) == pytest.approx(expected, nan_ok=True)
+
+
+@given(hnp.arrays(float, (2, 8), elements=st.integers(-3, 3).map(float)))
+def test_labels_and_order_agree_where_the_labels_do(values):
+    x, y = (xr.DataArray(row, {"layer": np.arange(8)}) for row in values)
+    for by_label, by_order in ((pearson, pearson_by_order), (spearman, spearman_by_order)):
+        found = by_label(x, y)
+        np.testing.assert_array_equal(
+            [by_order(x, y), by_order(*values), by_order(x, y.assign_coords(layer=x + 9))], found
+        )
+        expected = np.nan if min(map(np.ptp, values)) == 0 else SCIPY[by_label](*values).statistic
+        assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_ranks_are_of_the_same_labels():
     profile = xr.DataArray([1.0, 3.0, 2.0], {"layer": [0, 1, 2]})
-    assert ranks.spearman(profile, xr.DataArray([10.0, 30.0, 20.0], dims="layer")) == pytest.approx(1)
+    assert spearman(profile, xr.DataArray([10.0, 30.0, 20.0], dims="layer")) == pytest.approx(1)
     with pytest.raises(ValueError, match="layer"):
-        ranks.spearman(profile, profile.assign_coords(layer=[1, 2, 3]))
+        spearman(profile, profile.assign_coords(layer=[1, 2, 3]))
 
 
 @given(hnp.arrays(float, st.integers(4, 9), elements=st.integers(-3, 3).map(float) | st.just(np.nan)))
@@ -66,18 +80,41 @@ def test_the_label_of_the_largest_is_that_of_xarray(values):
 @given(hnp.arrays(float, (2, 7), elements=st.integers(-3, 3).map(float)))
 def test_without_each_layer_is_the_correlation_of_the_others(profiles):
     x, y = profiles
-    for correlate in (depth.pearson_of, depth.spearman_of):
+    for correlate in (pearson_by_order, spearman_by_order):
         expected = [correlate(np.delete(x, layer), np.delete(y, layer)) for layer in range(7)]
-        np.testing.assert_array_equal(depth.without_each(x, y, correlate), expected)
+        np.testing.assert_array_equal(without_each(x, y, correlate), expected)
 
 
-def test_one_outlier_shows_in_leave_one_out():
+def test_one_outlier_shows_without_each_entry():
     x = np.array([1.0, 2, 3, 4, 5, 6, 7, 100])
     y = np.array([4.0, 1, 6, 2, 7, 3, 5, 100])
-    without = leave_one_out(x, y)
+    without = without_each(x, y, spearman_by_order)
     assert len(without) == len(x)
     assert int(np.argmin(without)) == 7
-    assert without[7] == pytest.approx(rank_correlation(x[:7], y[:7]))
+    assert without[7] == pytest.approx(spearman_by_order(x[:7], y[:7]))
+
+
+def test_one_layer_that_carries_a_correlation_is_found():
+    x, y = np.random.default_rng(0).standard_normal((2, 30))
+    x[4], y[4] = 20, 20
+    without = without_each(x, y, pearson_by_order)
+    assert pearson_by_order(x, y) > 0.8
+    assert np.argmin(without) == 4
+    assert abs(without[4]) < 0.4
+
+
+def test_p_values_are_scipys():
+    x, y = np.random.default_rng(1).standard_normal((2, 25))
+    assert correlation_p_value(pearson_by_order(x, y), 25) == pytest.approx(scipy.stats.pearsonr(x, y).pvalue)
+    assert spearman_p_value(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).pvalue)
+    assert spearman_p_value(x, x**3) == 0
+
+
+def test_p_values_count_the_layers_that_both_profiles_have():
+    x, y = (xr.DataArray(values, {"layer": range(25)}) for values in np.random.default_rng(1).standard_normal((2, 25)))
+    rest = slice(5, None)
+    expected = scipy.stats.spearmanr(x[rest], y[rest]).pvalue
+    assert spearman_p_value(x, y[rest]) == spearman_p_value(x[rest], y) == pytest.approx(expected)
 
 
 def test_p_values_tell_noise_from_signal():

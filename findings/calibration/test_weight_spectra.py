@@ -15,6 +15,7 @@ from lab.errors import NotApplicable, UserError
 from lab.experiments.layers.measuring.weight_spectra import circuits, folded
 from lab.experiments.layers.weight_spectra import MATRICES, Budget, WeightSpectra, measure
 from lab.statistics import depth
+from lab.statistics.correlations import correlation_p_value, pearson_by_order, spearman_by_order, without_each
 from lab.statistics.spectra import Spectrum
 from lab.statistics.spectrum_size import participation_ratio
 from lab.store import Sweep
@@ -296,15 +297,6 @@ def test_shifts_do_not_believe_a_slow_change():
     assert depth.zone_shift_p_value(np.r_[np.zeros(18), np.ones(18)], 18) == pytest.approx(2 / 36)
 
 
-def test_one_layer_that_carries_a_correlation_is_found():
-    x, y = np.random.default_rng(0).standard_normal((2, 30))
-    x[4], y[4] = 20, 20
-    without = depth.without_each(x, y, depth.pearson_of)
-    assert depth.pearson_of(x, y) > 0.8
-    assert np.argmin(without) == 4
-    assert abs(without[4]) < 0.4
-
-
 def partly_attending(queries, missing):
     """A record of square matrices whose Q has these ratios in all layers but the missing ones."""
     ratio = np.full((len(queries), len(MATRICES)), 0.5)
@@ -329,13 +321,13 @@ def test_correlations_are_over_the_layers_that_both_profiles_have():
     found = partly_attending(ratios, [0, 5, 6])
     whole = xr.DataArray(ratios.round(1), coords={"layer": np.arange(12)})
     kept = np.delete(np.arange(12), [0, 5, 6])
-    assert depth.spearman_of(found.mean_ratio, whole) == depth.spearman_of(ratios[kept], whole.values[kept])
-    assert depth.pearson_of(whole, found.mean_ratio) == depth.pearson_of(found.mean_ratio, whole)
-    assert depth.without_each(found.mean_ratio, whole, depth.pearson_of) == pytest.approx(
-        depth.without_each(ratios[kept], whole.values[kept], depth.pearson_of)
+    assert spearman_by_order(found.mean_ratio, whole) == spearman_by_order(ratios[kept], whole.values[kept])
+    assert pearson_by_order(whole, found.mean_ratio) == pearson_by_order(found.mean_ratio, whole)
+    assert without_each(found.mean_ratio, whole, pearson_by_order) == pytest.approx(
+        without_each(ratios[kept], whole.values[kept], pearson_by_order)
     )
     shifted = xr.DataArray(ratios, coords={"layer": np.arange(1, 13)})
-    assert depth.pearson_of(shifted, found.ratio.sel(matrix="k_proj") + ratios) == pytest.approx(1), "order, not labels"
+    assert pearson_by_order(shifted, found.ratio.sel(matrix="k_proj") + ratios) == pytest.approx(1), "order, not labels"
 
 
 @pytest.mark.parametrize("shape", [(300, 300), (1200, 300), (300, 1200)])
@@ -347,14 +339,6 @@ def test_random_matrices_have_the_stable_share_of_their_shape(shape):
     stable_rank = (values**2).sum() / values[0] ** 2
     share = stable_rank / participation_ratio(values**2)
     assert 1 < share / float(record.gaussian_stable_share[0]) < 1.05
-
-
-def test_p_values_are_scipys():
-    from scipy import stats
-
-    x, y = np.random.default_rng(1).standard_normal((2, 25))
-    assert depth.p_value_of(depth.pearson_of(x, y), 25) == pytest.approx(stats.pearsonr(x, y).pvalue)
-    assert depth.p_value_of(depth.spearman_of(x, y), 25) == pytest.approx(stats.spearmanr(x, y).pvalue)
 
 
 # ---- published figures
@@ -396,8 +380,8 @@ def test_published_correlations_follow_from_the_published_ratios(original):
     profiles = {"mean": original.mean_ratio, **{name: original.of(original.ratio, name) for name in MATRICES}}
     for name, profile in profiles.items():
         at = original.data.sel(target="t2_knockout_delta_loss", weight=name)
-        assert depth.pearson_of(profile, damage) == pytest.approx(float(at["cross_pearson_r"]), abs=2e-3)
-        assert depth.spearman_of(profile, damage) == pytest.approx(float(at["cross_spearman_rho"]), abs=2e-3)
-        assert depth.p_value_of(float(at["cross_pearson_r"]), 36) == pytest.approx(
+        assert pearson_by_order(profile, damage) == pytest.approx(float(at["cross_pearson_r"]), abs=2e-3)
+        assert spearman_by_order(profile, damage) == pytest.approx(float(at["cross_spearman_rho"]), abs=2e-3)
+        assert correlation_p_value(float(at["cross_pearson_r"]), 36) == pytest.approx(
             float(at["cross_pearson_p"]), abs=2e-3
         )

@@ -8,8 +8,8 @@ from itertools import combinations
 import numpy as np
 
 from fixtures.claims import claim, not_applicable
+from lab.statistics.correlations import spearman
 from lab.statistics.depth import label_of_largest
-from lab.statistics.ranks import spearman
 
 
 def test_activation_patching_matches_snapshot(activation_patching, snapshot):

@@ -4,7 +4,7 @@ import numpy as np
 import xarray as xr
 
 from fixtures.claims import claim
-from lab.statistics.ranks import spearman
+from lab.statistics.correlations import spearman
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 

@@ -1,7 +1,7 @@
 """T-17 contrastive trajectories beside T-3 layer swap cost: are layers that commit to a form bound to their place?"""
 
 from fixtures.claims import claim
-from lab.statistics.correlations import rank_correlation
+from lab.statistics.correlations import spearman_by_order
 
 #: relative depths of the source's layers 24-35 of 36
 LATE = (24 / 36, 1)
@@ -29,4 +29,4 @@ def test_the_excess_of_synonyms_goes_with_the_cost_of_swaps(contrastive_trajecto
     synonym, antonym = (
         contrastive_trajectories.curve("kl_divergence", kind, "immediate") for kind in ("synonym", "antonym")
     )
-    assert rank_correlation(synonym - antonym, layer_swap_cost.layer_cost) > 0
+    assert spearman_by_order(synonym - antonym, layer_swap_cost.layer_cost) > 0

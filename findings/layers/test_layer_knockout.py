@@ -7,9 +7,9 @@ otherwise, the claim stays and its lettered siblings state what the data do supp
 import numpy as np
 
 from fixtures.claims import claim, not_applicable
+from lab.statistics.correlations import pearson, spearman
 from lab.statistics.depth import label_of_largest
 from lab.statistics.permutation import clustering_p_value, lag_one_autocorrelation
-from lab.statistics.ranks import pearson, spearman
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 

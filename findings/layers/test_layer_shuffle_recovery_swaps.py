@@ -3,7 +3,7 @@
 import numpy as np
 
 from fixtures.claims import claim, not_applicable
-from lab.statistics.correlations import rank_correlation
+from lab.statistics.correlations import spearman_by_order
 
 
 @claim("LSR-31", "hypothesis")
@@ -40,4 +40,4 @@ def test_pairs_that_are_cheap_to_swap_are_confused(layer_shuffle_recovery, layer
     if not 0 < confused.sum() < len(confused):
         not_applicable("fingerprints confuse all neighbours alike")
     costs = layer_swap_cost.at(layer_swap_cost.cost, layer_swap_cost.neighbours)
-    assert rank_correlation(costs, confused) < 0
+    assert spearman_by_order(costs, confused) < 0

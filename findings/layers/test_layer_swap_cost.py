@@ -7,8 +7,8 @@ otherwise, the claim stays and its lettered siblings state what the data do supp
 import numpy as np
 
 from fixtures.claims import claim, not_applicable
+from lab.statistics.correlations import spearman
 from lab.statistics.mantel import mantel_p_value, matrix_correlation
-from lab.statistics.ranks import spearman
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 

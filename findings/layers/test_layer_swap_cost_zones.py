@@ -4,8 +4,8 @@ import numpy as np
 
 from fixtures.claims import claim, not_applicable
 from lab.statistics.clustering import LINKAGES, agreement, clusters, components, runs
+from lab.statistics.correlations import spearman
 from lab.statistics.mantel import label_contrast, label_contrast_p_value, mantel_p_value, matrix_correlation
-from lab.statistics.ranks import spearman
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 

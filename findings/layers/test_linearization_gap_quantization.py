@@ -1,7 +1,7 @@
 """T-7 beside T-11: does a layer's gap foretell what quantization does to it?"""
 
 from fixtures.claims import claim
-from lab.statistics.ranks import spearman
+from lab.statistics.correlations import spearman
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 

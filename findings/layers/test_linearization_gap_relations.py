@@ -3,7 +3,7 @@
 import numpy as np
 
 from fixtures.claims import claim, not_applicable
-from lab.statistics.ranks import pearson, spearman
+from lab.statistics.correlations import pearson, spearman
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 

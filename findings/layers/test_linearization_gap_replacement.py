@@ -7,8 +7,8 @@ ones are scored on prompts that were neither fitted to nor used to choose the pe
 import numpy as np
 
 from fixtures.claims import claim, not_applicable
+from lab.statistics.correlations import spearman
 from lab.statistics.linear_recovery import OUTLIERS
-from lab.statistics.ranks import spearman
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 

@@ -8,7 +8,7 @@ the residual stream after layer l; depth is (l + 1) / L.
 """
 
 from fixtures.claims import claim
-from lab.statistics.ranks import spearman
+from lab.statistics.correlations import spearman
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 #: Where the source cuts depth into four phases: after layers 12, 21 and 28 of 36.

@@ -5,7 +5,7 @@ token if it worsens a rank that was below 100.
 """
 
 from fixtures.claims import claim, not_applicable
-from lab.statistics.ranks import spearman
+from lab.statistics.correlations import spearman
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 #: The classes of the source's table, which leaves white space out.

@@ -11,7 +11,7 @@ leading direction to be left out.
 import numpy as np
 
 from fixtures.claims import claim, not_applicable
-from lab.statistics.ranks import spearman
+from lab.statistics.correlations import spearman
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 #: A site is collapsed if its participation ratio is below this share of the median over interior sites.

@@ -5,8 +5,8 @@ import pytest
 import xarray as xr
 
 from fixtures.claims import claim
+from lab.statistics.correlations import spearman
 from lab.statistics.mantel import mantel_p_value, matrix_correlation
-from lab.statistics.ranks import spearman
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 #: the source's table: first and last site, smallest and largest component along the final state

@@ -1,7 +1,7 @@
 """T-4 residual geometry with T-7: do layers after which few directions are used resist a linear replacement?"""
 
 from fixtures.claims import claim
-from lab.statistics.ranks import spearman
+from lab.statistics.correlations import spearman
 
 
 @claim("T-4.32", "published")

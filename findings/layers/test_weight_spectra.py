@@ -12,7 +12,7 @@ import pytest
 
 from fixtures.claims import claim
 from lab.experiments.layers.weight_spectra import MATRICES, MLP, ROUTING, VALUES
-from lab.statistics.depth import spearman_of
+from lab.statistics.correlations import spearman_by_order
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 PUBLISHED_ORDER = ("q_proj", "k_proj", "o_proj", "gate_proj", "v_proj", "down_proj", "up_proj")
@@ -195,7 +195,7 @@ def test_order_of_the_matrices_is_similar_elsewhere(weight_spectra):
     """
     means = weight_spectra.type_means(weight_spectra.ratio, PUBLISHED_ORDER)
     assert means.idxmin() == "q_proj"
-    assert spearman_of(means, np.arange(len(PUBLISHED_ORDER))) >= 0.7
+    assert spearman_by_order(means, np.arange(len(PUBLISHED_ORDER))) >= 0.7
 
 
 @claim("T-9.4c", "control", on=ORIGINAL)

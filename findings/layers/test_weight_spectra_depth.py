@@ -9,9 +9,9 @@ import numpy as np
 
 from fixtures.claims import claim
 from lab.experiments.layers.weight_spectra import MATRICES
-from lab.statistics.correlations import holm
 from lab.statistics.depth import best_split, explained_by_split, welch_p_value, zone_shift_p_value
 from lab.statistics.permutation import lag_one_autocorrelation
+from lab.statistics.significance import holm
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 RISING, LEVEL = ("q_proj", "k_proj", "o_proj", "gate_proj"), ("v_proj", "up_proj", "down_proj")

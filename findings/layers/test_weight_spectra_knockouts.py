@@ -7,7 +7,7 @@ range over leaving out each layer in turn.
 import numpy as np
 
 from fixtures.claims import claim
-from lab.statistics.depth import p_value_of, pearson_of, spearman_of, without_each
+from lab.statistics.correlations import correlation_p_value, pearson_by_order, spearman_by_order, without_each
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 
@@ -18,8 +18,8 @@ def test_mean_rank_does_not_predict_knockout_loss(weight_spectra, layer_knockout
 
     Published r = -0.19, p = 0.28.
     """
-    r = pearson_of(weight_spectra.mean_ratio, layer_knockout.loss_delta)
-    assert p_value_of(r, len(weight_spectra.mean_ratio)) > 0.05
+    r = pearson_by_order(weight_spectra.mean_ratio, layer_knockout.loss_delta)
+    assert correlation_p_value(r, len(weight_spectra.mean_ratio)) > 0.05
 
 
 @claim("T-9.28b", "corrected")
@@ -28,7 +28,7 @@ def test_mean_rank_does_not_predict_knockout_order(weight_spectra, layer_knockou
 
     Published -0.05. 0.4 is a little above the 5 % level of 30 layers.
     """
-    assert abs(spearman_of(weight_spectra.mean_ratio, layer_knockout.loss_delta)) < 0.4
+    assert abs(spearman_by_order(weight_spectra.mean_ratio, layer_knockout.loss_delta)) < 0.4
 
 
 @claim("T-9.29", "published")
@@ -38,9 +38,9 @@ def test_key_rank_predicts_knockout_loss(weight_spectra, layer_knockout):
     Published r = -0.401, p = 0.015.
     """
     keys = weight_spectra.of(weight_spectra.ratio, "k_proj")
-    r = pearson_of(keys, layer_knockout.loss_delta)
+    r = pearson_by_order(keys, layer_knockout.loss_delta)
     assert r < 0
-    assert p_value_of(r, len(keys)) < 0.05
+    assert correlation_p_value(r, len(keys)) < 0.05
 
 
 @claim("T-9.29b", "control")
@@ -50,7 +50,7 @@ def test_key_rank_predicts_without_any_one_layer(weight_spectra, layer_knockout)
     Without layer 0 it is +0.02 in the original: one layer made the finding.
     """
     keys = weight_spectra.of(weight_spectra.ratio, "k_proj")
-    assert without_each(keys, layer_knockout.loss_delta, pearson_of).max() < 0
+    assert without_each(keys, layer_knockout.loss_delta, pearson_by_order).max() < 0
 
 
 @claim("T-9.29c", "control")
@@ -60,9 +60,9 @@ def test_key_rank_predicts_in_ranks(weight_spectra, layer_knockout):
     Published -0.10, p = 0.57.
     """
     keys = weight_spectra.of(weight_spectra.ratio, "k_proj")
-    rho = spearman_of(keys, layer_knockout.loss_delta)
+    rho = spearman_by_order(keys, layer_knockout.loss_delta)
     assert rho < 0
-    assert p_value_of(rho, len(keys)) < 0.05
+    assert correlation_p_value(rho, len(keys)) < 0.05
 
 
 @claim("T-9.29d", "corrected")
@@ -75,9 +75,9 @@ def test_no_matrix_predicts_knockout_loss_robustly(weight_spectra, layer_knockou
     p_values = []
     for name in weight_spectra.matrices:
         profile = weight_spectra.of(weight_spectra.ratio, name)
-        correlations = without_each(profile, layer_knockout.loss_delta, spearman_of)
+        correlations = without_each(profile, layer_knockout.loss_delta, spearman_by_order)
         weakest = 0.0 if np.ptp(np.sign(correlations)) else float(np.abs(correlations).min())
-        p_values.append(p_value_of(weakest, len(profile) - 1))
+        p_values.append(correlation_p_value(weakest, len(profile) - 1))
     assert min(1, min(p_values) * len(p_values)) > 0.05
 
 

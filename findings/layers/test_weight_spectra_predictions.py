@@ -7,7 +7,7 @@ T-9.33). Here the records of those experiments stand for the relations, on every
 import numpy as np
 
 from fixtures.claims import claim
-from lab.statistics.depth import p_value_of, spearman_of, without_each
+from lab.statistics.correlations import correlation_p_value, spearman_by_order, without_each
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 
@@ -19,7 +19,7 @@ def test_rank_and_linearity_are_hardly_related_in_ranks(weight_spectra, lineariz
     The gap in float32: in the published setting most of it is rounding (T-7.4). Published +0.06 with the first version
     of T-7's run, and -0.09 with the estimate without rounding. 0.4 is a little above the 5 % level of 30 layers.
     """
-    assert abs(spearman_of(weight_spectra.mean_ratio, linearization_gap.gap)) < 0.4
+    assert abs(spearman_by_order(weight_spectra.mean_ratio, linearization_gap.gap)) < 0.4
 
 
 @claim("T-9.32c", "hypothesis")
@@ -29,7 +29,7 @@ def test_layers_of_high_rank_are_more_nonlinear_without_any_one_layer(weight_spe
     Without a threshold but the sign: it has not been decided. The gap in float32, since rounding is no nonlinearity:
     in the published setting the sign is the opposite one on SmolLM2 and Gemma.
     """
-    assert without_each(weight_spectra.mean_ratio, linearization_gap.gap, spearman_of).min() > 0
+    assert without_each(weight_spectra.mean_ratio, linearization_gap.gap, spearman_by_order).min() > 0
 
 
 @claim("T-9.33c", "corrected")
@@ -39,7 +39,7 @@ def test_rank_does_not_predict_the_spread_of_states(weight_spectra, residual_geo
     Published 0.24.
     """
     spread = residual_geometry.after(residual_geometry.participation_ratio, weight_spectra.mean_ratio["layer"])
-    assert abs(spearman_of(weight_spectra.mean_ratio, spread)) < 0.4
+    assert abs(spearman_by_order(weight_spectra.mean_ratio, spread)) < 0.4
 
 
 @claim("T-9.33d", "corrected")
@@ -49,7 +49,7 @@ def test_rank_goes_with_spectral_flatness(weight_spectra, residual_geometry):
     Published +0.64 (Pearson 0.62): both rise with depth, so it says little of cause.
     """
     flatness = residual_geometry.after(residual_geometry.spectral_flatness, weight_spectra.mean_ratio["layer"])
-    assert spearman_of(weight_spectra.mean_ratio, flatness) > 0.4
+    assert spearman_by_order(weight_spectra.mean_ratio, flatness) > 0.4
 
 
 @claim("T-9.35", "published", on=ORIGINAL)
@@ -76,7 +76,7 @@ def test_low_rank_layers_are_compressible(weight_spectra, quantization):
 
     The source's reading of low rank; positive Spearman correlation of mean rank and damage. It is -0.23 in its data.
     """
-    assert spearman_of(weight_spectra.mean_ratio, quantization.damage(2)) > 0
+    assert spearman_by_order(weight_spectra.mean_ratio, quantization.damage(2)) > 0
 
 
 @claim("T-9.36b", "corrected")
@@ -93,9 +93,9 @@ def test_low_rank_layers_are_the_most_damaged(weight_spectra, quantization):
 @claim("T-9.36c", "control")
 def test_low_rank_goes_with_damage_in_ranks(weight_spectra, quantization):
     """Low mean rank goes with damage by 2 bits in ranks: negative Spearman correlation, p below 0.05."""
-    rho = spearman_of(weight_spectra.mean_ratio, quantization.damage(2))
+    rho = spearman_by_order(weight_spectra.mean_ratio, quantization.damage(2))
     assert rho < 0
-    assert p_value_of(rho, len(weight_spectra.mean_ratio)) < 0.05
+    assert correlation_p_value(rho, len(weight_spectra.mean_ratio)) < 0.05
 
 
 def worst(profile, count):

@@ -5,7 +5,7 @@ them are audited, in the form that it gives them and without the layers that the
 """
 
 from fixtures.claims import claim
-from lab.statistics.depth import p_value_of, pearson_of, spearman_of, without_each
+from lab.statistics.correlations import correlation_p_value, pearson_by_order, spearman_by_order, without_each
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 MLP, ATTENTION = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -18,9 +18,9 @@ BEYOND_THE_FIRST_FOUR = slice(4, None)
 @claim("T-9.30", "published", on=ORIGINAL)
 def test_layers_of_high_rank_are_more_linear(weight_spectra):
     """Layers whose matrices use more of their rank have a smaller linearization gap: Pearson r = -0.428, p = 0.009."""
-    r = pearson_of(weight_spectra.mean_ratio, weight_spectra.variable("perturbation_gap"))
+    r = pearson_by_order(weight_spectra.mean_ratio, weight_spectra.variable("perturbation_gap"))
     assert abs(r + 0.428) <= 0.001
-    assert p_value_of(r, weight_spectra.n_layers) < 0.05
+    assert correlation_p_value(r, weight_spectra.n_layers) < 0.05
 
 
 @claim("T-9.30b", "control", on=ORIGINAL)
@@ -30,8 +30,8 @@ def test_high_rank_means_linear_without_any_one_layer(weight_spectra):
     Without layer 1 it is -0.21, p = 0.22.
     """
     gap = weight_spectra.variable("perturbation_gap")
-    weakest = abs(without_each(weight_spectra.mean_ratio, gap, pearson_of)).min()
-    assert p_value_of(weakest, weight_spectra.n_layers - 1) < 0.05
+    weakest = abs(without_each(weight_spectra.mean_ratio, gap, pearson_by_order)).min()
+    assert correlation_p_value(weakest, weight_spectra.n_layers - 1) < 0.05
 
 
 @claim("T-9.30c", "control", on=ORIGINAL)
@@ -40,14 +40,14 @@ def test_high_rank_means_linear_in_ranks(weight_spectra):
 
     Spearman is +0.065.
     """
-    assert spearman_of(weight_spectra.mean_ratio, weight_spectra.variable("perturbation_gap")) < 0
+    assert spearman_by_order(weight_spectra.mean_ratio, weight_spectra.variable("perturbation_gap")) < 0
 
 
 @claim("T-9.31", "published", on=ORIGINAL)
 def test_only_the_mlps_ranks_go_with_linearity(weight_spectra):
     """The relation is the MLP's: Pearson -0.742 for up, -0.487 down, -0.476 gate; below 0.07 in size for attention."""
     gap = weight_spectra.variable("perturbation_gap")
-    r = {name: pearson_of(weight_spectra.of(weight_spectra.ratio, name), gap) for name in (*MLP, *ATTENTION)}
+    r = {name: pearson_by_order(weight_spectra.of(weight_spectra.ratio, name), gap) for name in (*MLP, *ATTENTION)}
     expected = {"up_proj": -0.742, "down_proj": -0.487, "gate_proj": -0.476}
     assert max(abs(r[name] - value) for name, value in expected.items()) <= 0.001
     assert max(abs(r[name]) for name in ATTENTION) < 0.07
@@ -61,17 +61,17 @@ def test_the_mlps_ranks_go_with_linearity_beyond_the_first_layers(weight_spectra
     """
     gap = weight_spectra.variable("perturbation_gap").sel(layer=BEYOND_THE_FIRST_FOUR)
     ratio = weight_spectra.ratio.sel(layer=BEYOND_THE_FIRST_FOUR)
-    assert max(spearman_of(weight_spectra.of(ratio, name), gap) for name in MLP) < 0
+    assert max(spearman_by_order(weight_spectra.of(ratio, name), gap) for name in MLP) < 0
 
 
 @claim("T-9.31c", "corrected", on=ORIGINAL)
 def test_up_goes_with_linearity(weight_spectra):
     """Up, alone of the MLP, goes with linearity in ranks: p = 0.016 (Spearman -0.40); gate and down do not."""
     gap = weight_spectra.variable("perturbation_gap")
-    rho = {name: spearman_of(weight_spectra.of(weight_spectra.ratio, name), gap) for name in MLP}
+    rho = {name: spearman_by_order(weight_spectra.of(weight_spectra.ratio, name), gap) for name in MLP}
     assert rho["up_proj"] < 0
-    assert p_value_of(rho["up_proj"], weight_spectra.n_layers) < 0.05
-    assert min(p_value_of(rho[name], weight_spectra.n_layers) for name in ("gate_proj", "down_proj")) > 0.05
+    assert correlation_p_value(rho["up_proj"], weight_spectra.n_layers) < 0.05
+    assert min(correlation_p_value(rho[name], weight_spectra.n_layers) for name in ("gate_proj", "down_proj")) > 0.05
 
 
 @claim("T-9.31e", "control", on=ORIGINAL)
@@ -81,9 +81,9 @@ def test_up_goes_with_linearity_beyond_the_first_layers(weight_spectra):
     Pearson's r is -0.44 there (p = 0.011), but Spearman's -0.15 (p = 0.42): the last layer carries it.
     """
     gap = weight_spectra.variable("perturbation_gap").sel(layer=BEYOND_THE_FIRST_FOUR)
-    rho = spearman_of(weight_spectra.of(weight_spectra.ratio.sel(layer=BEYOND_THE_FIRST_FOUR), "up_proj"), gap)
+    rho = spearman_by_order(weight_spectra.of(weight_spectra.ratio.sel(layer=BEYOND_THE_FIRST_FOUR), "up_proj"), gap)
     assert rho < 0
-    assert p_value_of(rho, len(gap)) < 0.05
+    assert correlation_p_value(rho, len(gap)) < 0.05
 
 
 @claim("T-9.31d", "corrected", on=ORIGINAL)
@@ -96,7 +96,7 @@ def test_attention_goes_with_nonlinearity_beyond_the_first_layers(weight_spectra
     gap = weight_spectra.variable("perturbation_gap").sel(layer=BEYOND_THE_FIRST_FOUR)
     ratio = weight_spectra.ratio.sel(layer=BEYOND_THE_FIRST_FOUR)
     names = ("q_proj", "k_proj", "o_proj")
-    assert min(spearman_of(weight_spectra.of(ratio, name), gap) for name in names) > 0.35
+    assert min(spearman_by_order(weight_spectra.of(ratio, name), gap) for name in names) > 0.35
 
 
 @claim("T-9.32", "hypothesis", on=ORIGINAL)
@@ -105,9 +105,9 @@ def test_layers_of_high_rank_are_more_nonlinear(weight_spectra):
 
     The source calls it refuted by T-9.30. In ranks the sign is positive (+0.065), but nothing is decided.
     """
-    rho = spearman_of(weight_spectra.mean_ratio, weight_spectra.variable("perturbation_gap"))
+    rho = spearman_by_order(weight_spectra.mean_ratio, weight_spectra.variable("perturbation_gap"))
     assert rho > 0
-    assert p_value_of(rho, weight_spectra.n_layers) < 0.05
+    assert correlation_p_value(rho, weight_spectra.n_layers) < 0.05
 
 
 @claim("T-9.32b", "control", on=ORIGINAL)
@@ -118,7 +118,7 @@ def test_the_refutation_of_the_hypothesis_survives_without_the_first_layers(weig
     """
     gap = weight_spectra.variable("perturbation_gap").sel(layer=BEYOND_THE_FIRST_FOUR)
     ratio = weight_spectra.ratio.sel(layer=BEYOND_THE_FIRST_FOUR)
-    assert max(spearman_of(weight_spectra.of(ratio, name), gap) for name in (*MLP, *ATTENTION)) < 0
+    assert max(spearman_by_order(weight_spectra.of(ratio, name), gap) for name in (*MLP, *ATTENTION)) < 0
 
 
 # ---- T-4: the geometry of the residual stream
@@ -132,13 +132,13 @@ def test_rank_does_not_predict_isotropy(weight_spectra):
     of them: it was made again after the text was written.
     """
     for target in ("isoscore", "state_participation_ratio"):
-        r = pearson_of(weight_spectra.mean_ratio, weight_spectra.variable(target))
-        assert p_value_of(r, weight_spectra.n_layers) > 0.05
+        r = pearson_by_order(weight_spectra.mean_ratio, weight_spectra.variable(target))
+        assert correlation_p_value(r, weight_spectra.n_layers) > 0.05
 
 
 @claim("T-9.33b", "corrected", on=ORIGINAL)
 def test_rank_does_not_predict_the_order_of_isotropy(weight_spectra):
     """In ranks mean rank predicts neither of them: p above 0.05 (Spearman 0.24 for both)."""
     for target in ("isoscore", "state_participation_ratio"):
-        rho = spearman_of(weight_spectra.mean_ratio, weight_spectra.variable(target))
-        assert p_value_of(rho, weight_spectra.n_layers) > 0.05
+        rho = spearman_by_order(weight_spectra.mean_ratio, weight_spectra.variable(target))
+        assert correlation_p_value(rho, weight_spectra.n_layers) > 0.05

@@ -7,7 +7,7 @@ they describe that one vector (7232 in one element of one token); siblings take 
 import numpy as np
 
 from fixtures.claims import claim, not_applicable
-from lab.statistics.correlations import rank_correlation
+from lab.statistics.correlations import spearman_by_order
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 
@@ -103,7 +103,7 @@ def test_norm_outputs_grow_layer_by_layer(normalization):
 @claim("T-15.20b", "corrected")
 def test_norm_outputs_grow_with_depth(normalization):
     """The pre-attention norm's output grows with depth: Spearman at least 0.8, median token (published: pooled)."""
-    assert rank_correlation(normalization.output_std, normalization.depth) >= 0.8
+    assert spearman_by_order(normalization.output_std, normalization.depth) >= 0.8
 
 
 # ---- tails

@@ -8,7 +8,7 @@ import numpy as np
 
 from fixtures.claims import claim
 from lab.experiments.surgery.normalization import HALF
-from lab.statistics.correlations import rank_correlation
+from lab.statistics.correlations import spearman_by_order
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 
@@ -84,7 +84,7 @@ def test_amplification_falls_with_depth(normalization):
     -0.949 and -0.932 published, against the broken model.
     """
     for which in ("key", "query"):
-        assert rank_correlation(normalization.amplification(which), normalization.depth) <= -0.5
+        assert spearman_by_order(normalization.amplification(which), normalization.depth) <= -0.5
 
 
 @claim("T-15.9d", "control")
@@ -94,7 +94,7 @@ def test_amplification_falls_with_depth_in_the_intact_model(normalization):
     If it fails, the published profile is one of the broken model's growing stream, not of the norms.
     """
     for which in ("key", "query"):
-        assert rank_correlation(normalization.amplification(which, "raw_intact"), normalization.depth) <= -0.5
+        assert spearman_by_order(normalization.amplification(which, "raw_intact"), normalization.depth) <= -0.5
 
 
 @claim("T-15.9e", "control")
@@ -106,4 +106,4 @@ def test_typical_head_vectors_tell_the_same(normalization):
     normalization.require_head_norms()
     median = normalization.mean("key_rms_median")
     typical = median.sel(condition="with_qk_norm", drop=True) / median.sel(condition="raw_intact", drop=True)
-    assert rank_correlation(normalization.amplification("key", "raw_intact"), np.asarray(typical)) >= 0.5
+    assert spearman_by_order(normalization.amplification("key", "raw_intact"), np.asarray(typical)) >= 0.5

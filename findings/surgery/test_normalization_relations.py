@@ -3,7 +3,8 @@
 import numpy as np
 
 from fixtures.claims import claim
-from lab.statistics.correlations import rank_correlation, sign_share
+from lab.statistics.correlations import spearman_by_order
+from lab.statistics.significance import sign_share
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 
@@ -21,7 +22,7 @@ def test_removing_norms_hurts_more_than_removing_the_layer(normalization, layer_
 @claim("T-15.12b", "corrected")
 def test_removed_norms_do_not_tell_which_layers_matter(normalization, layer_knockout):
     """The two profiles are hardly related: Spearman over layers below 0.5 (0.16 published, p = 0.36)."""
-    assert rank_correlation(normalization.removed_damage, layer_knockout.loss_delta) < 0.5
+    assert spearman_by_order(normalization.removed_damage, layer_knockout.loss_delta) < 0.5
 
 
 @claim("T-15.30", "published", on=ORIGINAL)

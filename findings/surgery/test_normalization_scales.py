@@ -1,7 +1,7 @@
 """T-15, learned scales: how far they have left one, and whether they tell channels or layers apart."""
 
 from fixtures.claims import claim
-from lab.statistics.correlations import rank_correlation
+from lab.statistics.correlations import spearman_by_order
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 
@@ -67,4 +67,4 @@ def test_scales_differ_mostly_between_layers(normalization):
 @claim("T-15.26c", "corrected")
 def test_pre_attention_scales_rise_with_depth(normalization):
     """The mean pre-attention scale rises with depth: Spearman at least 0.8 (0.990 published)."""
-    assert rank_correlation(normalization.at("scale_mean"), normalization.depth) >= 0.8
+    assert spearman_by_order(normalization.at("scale_mean"), normalization.depth) >= 0.8

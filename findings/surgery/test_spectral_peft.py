@@ -15,7 +15,7 @@ import pytest
 
 from fixtures.claims import claim, not_applicable
 from lab.adapters.allocations import Shape, allocation, parameters
-from lab.statistics.depth import spearman_of
+from lab.statistics.correlations import spearman_by_order
 from lab.statistics.proportions import best_case_p_value, difference_half_width
 
 ORIGINAL = "qwen3-4b-instruct-2507"
@@ -190,7 +190,7 @@ def test_perplexity_says_nothing_beyond_the_number_of_parameters(spectral_peft):
     """
     trained = spectral_peft.trained()
     sizes = np.array([spectral_peft.trainable(name) for name in trained])
-    assert spearman_of(sizes, np.array([spectral_peft.perplexity(name) for name in trained])) > -1 + 1e-9
+    assert spearman_by_order(sizes, np.array([spectral_peft.perplexity(name) for name in trained])) > -1 + 1e-9
 
 
 @claim("T-18.5c", "control")

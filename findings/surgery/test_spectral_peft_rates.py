@@ -7,7 +7,7 @@ import numpy as np
 
 from fixtures.claims import claim, not_applicable
 from lab.experiments.surgery.spectral_peft import AGGRESSIVE, GENTLE
-from lab.statistics.depth import spearman_of
+from lab.statistics.correlations import spearman_by_order
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 SIGNIFICANT = 0.05
@@ -146,7 +146,7 @@ def test_the_ranking_reverses_at_the_gentle_rate(spectral_peft):
     )
     if min(np.ptp(gentle), np.ptp(aggressive)) == 0:
         not_applicable("configurations are equal out of distribution: there is no ranking")
-    assert spearman_of(gentle, aggressive) <= -0.6
+    assert spearman_by_order(gentle, aggressive) <= -0.6
 
 
 @claim("T-18.16b", "corrected", on=ORIGINAL)
@@ -213,7 +213,7 @@ def test_the_loss_out_of_distribution_rises_with_the_rate(spectral_peft):
 
     With four rates that is strictly in order.
     """
-    assert spearman_of(*spectral_peft.sweep("ood_nll")) >= 0.9
+    assert spearman_by_order(*spectral_peft.sweep("ood_nll")) >= 0.9
 
 
 @claim("T-18.18d", "control")
@@ -237,4 +237,6 @@ def test_more_parameters_fit_the_training_data_better(spectral_peft):
     for rate in (GENTLE, AGGRESSIVE):
         trained = spectral_peft.trained(rate)
         sizes = np.array([spectral_peft.trainable(name) for name in trained])
-        assert spearman_of(sizes, np.array([spectral_peft.train_loss(name, rate) for name in trained])) <= -1 + 1e-9
+        assert (
+            spearman_by_order(sizes, np.array([spectral_peft.train_loss(name, rate) for name in trained])) <= -1 + 1e-9
+        )

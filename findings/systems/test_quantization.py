@@ -10,7 +10,8 @@ import numpy as np
 
 from fixtures.claims import claim
 from lab.experiments.systems.quantization import FIRST
-from lab.statistics.correlations import rank_correlation, sign_share, t_test_p_value
+from lab.statistics.correlations import spearman_by_order
+from lab.statistics.significance import sign_share, t_test_p_value
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 
@@ -162,9 +163,9 @@ def test_profiles_above_3_bits_do_not_agree(quantization):
     Spearman over layers: below 0.33, the limit of p = 0.05 for 36 layers, for (8, 6) and (6, 4); above it for (3, 2).
     """
     eight, six, four, three, two = (quantization.damage(bits) for bits in (8, 6, 4, 3, 2))
-    assert rank_correlation(eight, six) < 0.33
-    assert rank_correlation(six, four) < 0.33
-    assert rank_correlation(three, two) >= 0.33
+    assert spearman_by_order(eight, six) < 0.33
+    assert spearman_by_order(six, four) < 0.33
+    assert spearman_by_order(three, two) >= 0.33
 
 
 @claim("T-11.6", "published", on=ORIGINAL)
@@ -233,7 +234,7 @@ def test_sensitivity_decays_from_the_embedding_on(quantization):
     below zero, and a fall from layer to layer over the first four.
     """
     damage = quantization.two_bit_damage
-    assert rank_correlation(damage, quantization.depth) < 0
+    assert spearman_by_order(damage, quantization.depth) < 0
     assert np.diff(damage[:4]).max() < 0
 
 
@@ -249,7 +250,7 @@ def test_sensitivity_is_a_u(quantization):
     early = quantization.first_layers(FIRST)
     late = quantization.depth >= 5 / 36
     assert damage[early].max() >= 3 * damage[~early].median()
-    assert rank_correlation(damage[late], quantization.depth[late]) > 0
+    assert spearman_by_order(damage[late], quantization.depth[late]) > 0
 
 
 @claim("T-11.10", "published")

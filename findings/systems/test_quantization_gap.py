@@ -6,7 +6,8 @@ correlations were taken with the first version of T-7 (`v1_...`); other models h
 """
 
 from fixtures.claims import claim, not_applicable
-from lab.statistics.correlations import holm, leave_one_out, rank_correlation, spearman_p_value
+from lab.statistics.correlations import spearman_by_order, spearman_p_value, without_each
+from lab.statistics.significance import holm
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -23,7 +24,7 @@ ASSOCIATED = 0.4
 
 def require_association(quantization, linearization_gap):
     """Claims about how the association at 2 bits changes do not apply where there is none."""
-    rho = rank_correlation(mlp_gap(linearization_gap), quantization.two_bit_damage)
+    rho = spearman_by_order(mlp_gap(linearization_gap), quantization.two_bit_damage)
     if not rho >= ASSOCIATED:
         not_applicable(f"the gap of {quantization.subject} does not go with damage at 2 bits: Spearman {rho:.2f}")
 
@@ -39,9 +40,9 @@ def test_the_gap_predicts_two_bit_damage(quantization, linearization_gap):
     """The linearization gap predicts damage at 2 bits: Spearman 0.709 (MLP), 0.679 (total), 0.444 (attention)."""
     damage = quantization.two_bit_damage
     mlp, total, attention = (linearization_gap.variable(name) for name in GAPS)
-    assert abs(rank_correlation(mlp, damage) - 0.709) <= ROUNDING
-    assert abs(rank_correlation(total, damage) - 0.679) <= ROUNDING
-    assert abs(rank_correlation(attention, damage) - 0.444) <= ROUNDING
+    assert abs(spearman_by_order(mlp, damage) - 0.709) <= ROUNDING
+    assert abs(spearman_by_order(total, damage) - 0.679) <= ROUNDING
+    assert abs(spearman_by_order(attention, damage) - 0.444) <= ROUNDING
 
 
 @claim("T-11.28b", "corrected")
@@ -50,7 +51,7 @@ def test_the_mlp_gap_goes_with_two_bit_damage(quantization, linearization_gap):
 
     0.4 is well below the published 0.71 and above p = 0.05 for 30 layers (0.36). Float32 gaps where they were measured.
     """
-    assert rank_correlation(mlp_gap(linearization_gap), quantization.two_bit_damage) >= ASSOCIATED
+    assert spearman_by_order(mlp_gap(linearization_gap), quantization.two_bit_damage) >= ASSOCIATED
 
 
 @claim("T-11.28c", "control", on=ORIGINAL)
@@ -72,7 +73,8 @@ def test_no_single_layer_carries_the_correlation_with_the_gap(quantization, line
     Does not apply where there is no correlation to carry (T-11.28b).
     """
     require_association(quantization, linearization_gap)
-    assert leave_one_out(mlp_gap(linearization_gap), quantization.two_bit_damage).min() >= 0.3
+    without = without_each(mlp_gap(linearization_gap), quantization.two_bit_damage, spearman_by_order)
+    assert without.min() >= 0.3
 
 
 @claim("T-11.29", "published", on=ORIGINAL)
@@ -83,7 +85,7 @@ def test_the_first_layers_carry_the_correlation_with_the_gap(quantization, linea
     """
     late = slice(5, None)
     gap = linearization_gap.variable("v1_mlp_gap").sel(layer=late)
-    assert rank_correlation(gap, quantization.two_bit_damage.sel(layer=late)) < 0.33
+    assert spearman_by_order(gap, quantization.two_bit_damage.sel(layer=late)) < 0.33
 
 
 @claim("T-11.29b", "corrected", on=ORIGINAL)
@@ -94,7 +96,7 @@ def test_the_correlation_with_the_gap_holds_without_the_first_layers(quantizatio
     """
     late = slice(5, None)
     damage = quantization.two_bit_damage.sel(layer=late)
-    assert min(rank_correlation(linearization_gap.variable(name).sel(layer=late), damage) for name in GAPS[:2]) > 0.45
+    assert min(spearman_by_order(linearization_gap.variable(name).sel(layer=late), damage) for name in GAPS[:2]) > 0.45
 
 
 @claim("T-11.30", "corrected", on=ORIGINAL)
@@ -104,7 +106,7 @@ def test_the_correlation_with_the_gap_weakens_with_more_bits(quantization, linea
     0.709, 0.519, 0.290: damage of single layers at 4 bits is noise (T-11.5c).
     """
     gap = linearization_gap.variable("v1_mlp_gap")
-    two, three, four = (rank_correlation(gap, quantization.damage(bits)) for bits in (2, 3, 4))
+    two, three, four = (spearman_by_order(gap, quantization.damage(bits)) for bits in (2, 3, 4))
     assert two > three > four
 
 
@@ -117,5 +119,5 @@ def test_the_gap_goes_with_three_bit_damage_less(quantization, linearization_gap
     """
     require_association(quantization, linearization_gap)
     gap = mlp_gap(linearization_gap)
-    three, two = (rank_correlation(gap, quantization.damage(bits)) for bits in (3, 2))
+    three, two = (spearman_by_order(gap, quantization.damage(bits)) for bits in (3, 2))
     assert abs(three) < abs(two)

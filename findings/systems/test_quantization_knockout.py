@@ -1,7 +1,7 @@
 """T-11 quantization beside T-2 layer knockout: is a corrupted layer worse than none?"""
 
 from fixtures.claims import claim
-from lab.statistics.correlations import rank_correlation
+from lab.statistics.correlations import spearman_by_order
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 
@@ -25,4 +25,4 @@ def test_knockout_loss_does_not_foretell_two_bit_damage(quantization, layer_knoc
 
     -0.23 published. 0.4 is the limit of T-11.28 and T-11.37. On one text: T-11.40c.
     """
-    assert rank_correlation(layer_knockout.loss_delta, quantization.two_bit_damage) < 0.4
+    assert spearman_by_order(layer_knockout.loss_delta, quantization.two_bit_damage) < 0.4

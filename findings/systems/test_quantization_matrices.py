@@ -8,7 +8,7 @@ import numpy as np
 
 from fixtures.claims import claim
 from lab.experiments.systems.quantization import ATTENTION, MLP
-from lab.statistics.correlations import sign_share, t_test_p_value, wilcoxon_p_value
+from lab.statistics.significance import sign_share, t_test_p_value, wilcoxon_p_value
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 

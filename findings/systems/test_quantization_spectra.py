@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fixtures.claims import claim
-from lab.statistics.correlations import holm, rank_correlation, spearman_p_value
+from lab.statistics.correlations import spearman_by_order, spearman_p_value
+from lab.statistics.significance import holm
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -55,7 +56,7 @@ def test_effective_rank_goes_with_the_log_of_the_damage(quantization, weight_spe
 @claim("T-11.32", "published", on=ORIGINAL)
 def test_effective_rank_of_up_predicts_damage(quantization, weight_spectra):
     """The effective rank of up_proj predicts damage at 2 bits: Spearman -0.509."""
-    rho = rank_correlation(weight_spectra.ratio.sel(matrix="up_proj"), quantization.two_bit_damage)
+    rho = spearman_by_order(weight_spectra.ratio.sel(matrix="up_proj"), quantization.two_bit_damage)
     assert abs(rho + 0.509) <= ROUNDING
 
 
@@ -79,7 +80,7 @@ def test_rank_and_damage_within_a_type(quantization, weight_spectra, matrix):
     seven tests (T-11.33b).
     """
     stated = {"v_proj": 0.381, "gate_proj": -0.309, "q_proj": -0.193, "up_proj": -0.084}[matrix]
-    rho = rank_correlation(weight_spectra.ratio.sel(matrix=matrix), quantization.matrix_damage.sel(matrix=matrix))
+    rho = spearman_by_order(weight_spectra.ratio.sel(matrix=matrix), quantization.matrix_damage.sel(matrix=matrix))
     assert abs(rho - stated) <= ROUNDING
 
 

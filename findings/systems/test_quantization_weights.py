@@ -1,7 +1,7 @@
 """T-11 quantization: what rounding does to the weights, and whether that foretells the damage."""
 
 from fixtures.claims import claim, not_applicable
-from lab.statistics.correlations import rank_correlation
+from lab.statistics.correlations import spearman_by_order
 
 ORIGINAL = "qwen3-4b-instruct-2507"
 
@@ -12,7 +12,7 @@ def test_weight_error_does_not_explain_sensitivity_at_4_bits(quantization):
 
     0.17 published, where damage itself is noise.
     """
-    assert abs(rank_correlation(quantization.mean_weight_error(4), quantization.damage(4))) < 0.4
+    assert abs(spearman_by_order(quantization.mean_weight_error(4), quantization.damage(4))) < 0.4
 
 
 @claim("T-11.37b", "corrected")
@@ -23,7 +23,7 @@ def test_weight_error_does_not_explain_sensitivity(quantization):
     a little above p = 0.05 for 36 layers (0.33).
     """
     for bits in (3, 2):
-        assert abs(rank_correlation(quantization.mean_weight_error(bits), quantization.damage(bits))) < 0.4
+        assert abs(spearman_by_order(quantization.mean_weight_error(bits), quantization.damage(bits))) < 0.4
 
 
 @claim("T-11.38", "corrected")
@@ -77,5 +77,5 @@ def test_removal_and_rounding_hurt_the_same_layers(quantization):
 
     Open: -0.23 for the published figures, on two different texts. With the true 2-bit rule as a second reading.
     """
-    assert rank_correlation(quantization.knockout_damage, quantization.two_bit_damage) >= 0.4
-    assert rank_correlation(quantization.knockout_damage, quantization.true_two_bit_damage) >= 0.4
+    assert spearman_by_order(quantization.knockout_damage, quantization.two_bit_damage) >= 0.4
+    assert spearman_by_order(quantization.knockout_damage, quantization.true_two_bit_damage) >= 0.4

@@ -12,7 +12,7 @@ from lab.adapters.allocations import LATE, layers_between
 from lab.adapters.merging import largest_update_rms, total_rate
 from lab.errors import NotApplicable
 from lab.records import Record
-from lab.statistics.depth import spearman_of
+from lab.statistics.correlations import spearman_by_order
 
 GENTLE, AGGRESSIVE = "gentle", "aggressive"
 FASTER = 40  #: the aggressive rate over the gentle one
@@ -85,14 +85,14 @@ class AdaptedWeights(Record):
         ranks, effective = (
             values.sel(region=list(regions)).values.ravel() for values in (self.region_rank, self.region_effective_rank)
         )
-        return spearman_of(ranks, effective)
+        return spearman_by_order(ranks, effective)
 
     def allocation_agreement(self, configuration: str) -> float:
         """Spearman's correlation of a configuration's ranks with the effective rank ratios, over all matrices."""
         if configuration not in self.configurations:
             raise NotApplicable(f"the {self.source} record of {self.subject} has no {configuration}")
         ranks = self.variable("rank").sel(configuration=configuration)
-        return spearman_of(ranks.values.ravel(), self.effective_rank_ratio.values.ravel())
+        return spearman_by_order(ranks.values.ravel(), self.effective_rank_ratio.values.ravel())
 
     def largest_updates(self, norm_squared: xr.DataArray, rate: str) -> list[tuple[float, float]]:
         """Largest update of B that the source's schedule allows, and the weight: root mean squares by matrix, region.

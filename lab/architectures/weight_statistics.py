@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from lab.records import Record
-from lab.statistics.ranks import spearman
+from lab.statistics.correlations import spearman
 
 #: shares of the depth that count as its beginning and its end, where the source sees other weights than between
 FIRST, LAST = 0.15, 0.08

@@ -1,58 +1,88 @@
-"""Tests of profiles over few layers: signs, means, rank correlations without each layer in turn, families of tests."""
+"""Correlations of profiles over few layers, and how far one layer carries them.
+
+`pearson` and `spearman` pair values by their labels and refuse labels that differ. `pearson_by_order` and
+`spearman_by_order` pair the first with the first, whatever the labels: for profiles that were measured under other
+names, or that have none.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import scipy
+import xarray as xr
 
-Profile = np.ndarray  # or anything that numpy takes for one, such as a DataArray over `layer`
-
-
-def sign_share(differences: Profile) -> float:
-    """Share of positive entries [n]."""
-    return float((np.asarray(differences) > 0).mean())
+Profile = np.ndarray | xr.DataArray  # or anything else that numpy takes for an array
 
 
-def t_test_p_value(profile: Profile) -> float:
-    """Two-sided p-value of Student's t-test that the mean of a profile [n] is zero."""
-    return float(scipy.stats.ttest_1samp(np.asarray(profile), 0).pvalue)
+def pearson(x: xr.DataArray, y: xr.DataArray) -> float:
+    """Pearson's correlation of two arrays over the same labels [n]; NaN where either is constant.
+
+    Raises:
+        ValueError: the labels differ.
+    """
+    return _pearson(*_by_label(x, y))
 
 
-def wilcoxon_p_value(differences: Profile) -> float:
-    """Two-sided p-value of Wilcoxon's signed-rank test that differences [n] are symmetric about zero."""
-    return float(scipy.stats.wilcoxon(np.asarray(differences)).pvalue)
+def spearman(x: xr.DataArray, y: xr.DataArray) -> float:
+    """Spearman's rank correlation of two arrays over the same labels [n], mid-ranks for ties; NaN as in `pearson`.
+
+    Raises:
+        ValueError: the labels differ.
+    """
+    return _pearson(*map(scipy.stats.rankdata, _by_label(x, y)))
+
+
+def pearson_by_order(x: Profile, y: Profile) -> float:
+    """Pearson's correlation of two profiles [n] in the same order, whatever their labels; NaN where one is constant.
+
+    Where one of two labelled profiles is shorter, as in models that have attention in some layers only, those layers
+    count that both have; so it is for `spearman_by_order` and `without_each`.
+    """
+    return _pearson(*_by_order(x, y))
+
+
+def spearman_by_order(x: Profile, y: Profile) -> float:
+    """Spearman's correlation of two profiles [n] in the same order, mid-ranks for ties."""
+    return _pearson(*map(scipy.stats.rankdata, _by_order(x, y)))
+
+
+def without_each(x: Profile, y: Profile, correlate: Callable[[Profile, Profile], float]) -> np.ndarray:
+    """The correlation of two profiles [n] in the same order without each entry in turn [n]."""
+    rest = [np.stack([np.delete(values, entry) for entry in range(len(values))]) for values in _by_order(x, y)]
+    if correlate is spearman_by_order:  # scipy ranks all rows in the time of one
+        rest, correlate = [scipy.stats.rankdata(rows, axis=1) for rows in rest], pearson_by_order
+    return np.array([correlate(a, b) for a, b in zip(*rest, strict=True)])
+
+
+def correlation_p_value(correlation: float, n: int) -> float:
+    """Two-sided p-value of a correlation of n independent pairs, by Student's t with n - 2 degrees of freedom."""
+    if abs(correlation) >= 1:
+        return 0.0
+    t = abs(correlation) * np.sqrt((n - 2) / (1 - correlation**2))
+    return float(2 * scipy.stats.t.sf(t, n - 2))
 
 
 def spearman_p_value(x: Profile, y: Profile) -> float:
-    """Two-sided p-value of Spearman's correlation of two profiles [n], by its t distribution."""
-    return float(scipy.stats.spearmanr(np.asarray(x), np.asarray(y)).pvalue)
+    """Two-sided p-value of Spearman's correlation of two profiles [n] in the same order, as `correlation_p_value`."""
+    pairs = _by_order(x, y)
+    return correlation_p_value(spearman_by_order(*pairs), len(pairs[0]))
 
 
-def leave_one_out(x: Profile, y: Profile) -> np.ndarray:
-    """Spearman's correlation of two profiles [n] without each entry in turn [n]."""
-    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    return np.array([_rank_correlation(np.delete(a, i), np.delete(b, i)) for i in range(len(a))])
+def _by_label(x: xr.DataArray, y: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
+    if x.dims != y.dims or not all(x.get_index(name).equals(y.get_index(name)) for name in x.dims):
+        x, y = xr.align(x, y, join="exact")  # says what differs
+    return x.values.astype(float), y.values.astype(float)
 
 
-def holm(p_values: Profile) -> np.ndarray:
-    """p-values [m] of a family of tests adjusted by Holm's step-down method (Holm 1979) [m].
-
-    The i-th smallest is multiplied by m - i, i = 0, 1, ...; the result never falls with i and is at most 1.
-    """
-    given = np.asarray(p_values, dtype=float)
-    order = np.argsort(given)
-    stepped = np.maximum.accumulate(given[order] * np.arange(len(given), 0, -1))
-    adjusted = np.empty_like(given)
-    adjusted[order] = np.minimum(stepped, 1)
-    return adjusted
+def _by_order(x: Profile, y: Profile) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(x, xr.DataArray) and isinstance(y, xr.DataArray) and len(x) != len(y):
+        x, y = xr.align(x, y, join="inner")
+    return np.asarray(x, dtype=float), np.asarray(y, dtype=float)
 
 
-def rank_correlation(x: Profile, y: Profile) -> float:
-    """Spearman's correlation of two profiles [n], whatever their labels; NaN where either is constant."""
-    return _rank_correlation(np.asarray(x, dtype=float), np.asarray(y, dtype=float))
-
-
-def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    a, b = (scipy.stats.rankdata(values) - (len(values) + 1) / 2 for values in (x, y))
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale > 0 else float("nan")
+def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 0 else float("nan")

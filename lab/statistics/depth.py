@@ -6,8 +6,6 @@ a profile's autocorrelation, and leaving out each layer in turn shows which one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import scipy
 import xarray as xr
@@ -66,41 +64,3 @@ def label_of_largest(profile: xr.DataArray) -> int:
         ValueError: all values are NaN.
     """
     return int(profile.get_index(profile.dims[0])[np.nanargmax(profile.values)])
-
-
-def pearson_of(x: Profile, y: Profile) -> float:
-    """Pearson's correlation of two profiles [n] in the same order, whatever their labels; NaN where one is constant.
-
-    Where one of two labelled profiles is shorter, as in models that have attention in some layers only, those layers
-    count that both have; so it is for `spearman_of` and `without_each`.
-    """
-    a, b = (values - values.mean() for values in _pair(x, y))
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale > 0 else float("nan")
-
-
-def spearman_of(x: Profile, y: Profile) -> float:
-    """Spearman's correlation of two profiles [n] in the same order, mid-ranks for ties."""
-    return pearson_of(*map(scipy.stats.rankdata, _pair(x, y)))
-
-
-def p_value_of(correlation: float, n: int) -> float:
-    """Two-sided p-value of a correlation of n independent pairs, by Student's t with n - 2 degrees of freedom."""
-    if abs(correlation) >= 1:
-        return 0.0
-    t = abs(correlation) * np.sqrt((n - 2) / (1 - correlation**2))
-    return float(2 * scipy.stats.t.sf(t, n - 2))
-
-
-def without_each(x: Profile, y: Profile, correlate: Callable[[Profile, Profile], float]) -> np.ndarray:
-    """The correlation of two profiles [n] without each layer in turn [n]."""
-    rest = [np.stack([np.delete(values, layer) for layer in range(len(values))]) for values in _pair(x, y)]
-    if correlate is spearman_of:  # scipy ranks all rows in the time of one
-        rest, correlate = [scipy.stats.rankdata(rows, axis=1) for rows in rest], pearson_of
-    return np.array([correlate(a, b) for a, b in zip(*rest, strict=True)])
-
-
-def _pair(x: Profile, y: Profile) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(x, xr.DataArray) and isinstance(y, xr.DataArray) and len(x) != len(y):
-        x, y = xr.align(x, y, join="inner")
-    return np.asarray(x, dtype=float), np.asarray(y, dtype=float)

@@ -16,8 +16,8 @@ import xarray as xr
 
 from lab.corpora.token_classes import TOKEN_TYPES
 from lab.records import variable
+from lab.statistics.correlations import spearman
 from lab.statistics.rank_paths import EMBEDDING, below_from, first_below, hurt
-from lab.statistics.ranks import spearman
 
 #: A lens this sure of its top token would let the token leave the network here.
 CONFIDENT = 0.9

@@ -9,7 +9,7 @@ import xarray as xr
 
 from lab.errors import NotApplicable
 from lab.records import Record
-from lab.statistics.ranks import spearman
+from lab.statistics.correlations import spearman
 
 #: A layer whose absence costs less leaves a recovery that sampling noise rules (pilot: +-0.15 at 0.12 nat).
 LEAST_DAMAGE = 0.15

@@ -25,7 +25,7 @@ import xarray as xr
 
 from lab.errors import NotApplicable
 from lab.experiments import Experiment, Tolerance
-from lab.statistics.correlations import rank_correlation
+from lab.statistics.correlations import spearman_by_order
 from lab.statistics.recovered_orders import RecoveredOrders
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class LayerShuffleRecovery(RecoveredOrders):
     @cached_property
     def norm_rise(self) -> float:
         """Spearman's correlation of depth and norm: whether a chain may be turned by it."""
-        return rank_correlation(np.arange(len(self.layer_norm)), self.layer_norm)
+        return spearman_by_order(np.arange(len(self.layer_norm)), self.layer_norm)
 
     @cached_property
     def plateau(self) -> range:

@@ -22,7 +22,8 @@ import xarray as xr
 from lab.errors import NotApplicable
 from lab.experiments import Experiment, Tolerance
 from lab.records import Record
-from lab.statistics.depth import best_split, spearman_of, zone_difference
+from lab.statistics.correlations import spearman_by_order
+from lab.statistics.depth import best_split, zone_difference
 from lab.statistics.random_matrices import (
     gaussian_effective_rank_ratio,
     gaussian_spectrum,
@@ -286,7 +287,7 @@ class WeightSpectra(Record):
     def depth_correlation(self, name: str) -> float:
         """Spearman's correlation of a matrix's ratio with depth."""
         profile = self.of(self.ratio, name)
-        return spearman_of(profile.values, profile["layer"].values)
+        return spearman_by_order(profile.values, profile["layer"].values)
 
     def split(self, name: str) -> tuple[int, float]:
         """First layer of the second of two constants that fit a matrix's ratio best, and the variance they explain."""
