@@ -58,11 +58,11 @@ alarms: $(INSTALLED)
 
 # kill -9 at random moments, 200 times: minutes, no weights.
 faults: $(INSTALLED)
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python findings/calibration/killing.py all --kills 40
+	TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python findings/calibration/killing.py all --kills 40
 
 # Damaged files of every kind that a user hands over, 1,500 of each: read or refused in one line.
 fuzz: $(INSTALLED)
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python findings/calibration/fuzzing.py all --cases 1500
+	TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python findings/calibration/fuzzing.py all --cases 1500
 
 # Small mistakes in the instruments and statistics, eight in each module: the tests must notice. About an hour, no weights.
 mutants: $(INSTALLED)

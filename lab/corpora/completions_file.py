@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import files
+from lab.corpora import degeneration
 from lab.corpora.fields import Fields
 
 FORMAT = "dl-findings completions 1"
@@ -140,11 +141,11 @@ def _entry(entry: Fields) -> Completion:
         templated_prompt=entry.text("templated_prompt"),
         completion=entry.text("completion"),
         finish_reason=reason,
-        flags=entry.texts("flags"),
+        flags=_flags(entry),
         user_span=_span(entry),
         answer_start=entry.integer("answer_start"),
-        greedy_agreement=entry.number("greedy_agreement") if "greedy_agreement" in entry else None,
-        loss=entry.number("loss") if "loss" in entry else None,
+        greedy_agreement=entry.share("greedy_agreement") if "greedy_agreement" in entry else None,
+        loss=_loss(entry) if "loss" in entry else None,
         prompt_token_ids=entry.ids("prompt_token_ids"),
         completion_token_ids=entry.ids("completion_token_ids"),
     )
@@ -153,6 +154,21 @@ def _entry(entry: Fields) -> Completion:
     if completion.answer_start > len(completion.body_ids):
         raise entry.wrong("answer_start", "lies behind the completion")
     return completion
+
+
+def _flags(entry: Fields) -> tuple[str, ...]:
+    flags = entry.texts("flags")
+    for flag in flags:
+        if flag not in degeneration.FLAGS:
+            raise entry.wrong("flags", f"holds {flag!r}; known are {', '.join(degeneration.FLAGS)}")
+    return flags
+
+
+def _loss(entry: Fields) -> float:
+    loss = entry.number("loss")
+    if loss < 0:
+        raise entry.wrong("loss", f"is {loss:g}; a cross-entropy is 0 or more")
+    return loss
 
 
 def _span(entry: Fields) -> tuple[int, int]:

@@ -27,6 +27,7 @@ MISSED_SHARE = 0.05  #: of the tokens may differ from the model's argmax: genera
 
 #: flags that make a completion unfit; `echo` and `truncated` are only told
 REJECTING = ("empty", "loop", "repetitive", "compressible", "leak", "not_greedy")
+FLAGS = (*REJECTING, "echo", "truncated")
 
 _TURN = re.compile(r"<\|?/?(im_start|im_end|start_of_turn|end_of_turn|endoftext|eot_id|start_header_id|eos|bos)\|?>")
 _ROLE = re.compile(r"^\s*(user|human|assistant|system)\s*:", re.IGNORECASE | re.MULTILINE)

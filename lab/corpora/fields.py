@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from lab.errors import UserError
@@ -58,9 +59,17 @@ class Fields:
     def number(self, name: str) -> float:
         """A finite number."""
         number = self._typed(name, (int, float), "a number")
-        if isinstance(number, bool) or number != number or abs(number) == float("inf"):
+        # a whole number of any length can be read from JSON, but not each is near a float
+        if isinstance(number, bool) or not abs(number) <= sys.float_info.max:
             raise self.wrong(name, "must be a finite number")
         return float(number)
+
+    def share(self, name: str) -> float:
+        """A number from 0 to 1."""
+        share = self.number(name)
+        if not 0 <= share <= 1:
+            raise self.wrong(name, f"is {share:g}; it must lie between 0 and 1")
+        return share
 
     def truth(self, name: str) -> bool:
         """True or false."""
