@@ -177,6 +177,18 @@ def test_a_damaged_gguf_file_is_one_line(gguf_file: Path, tmp_path: Path) -> Non
         facts_of_model(damaged)
 
 
+def test_an_array_that_is_longer_than_its_gguf_file_is_refused(gguf_file: Path, tmp_path: Path) -> None:
+    """Of 2^60 numbers, of which the library would count all that are missing."""
+    content = gguf_file.read_bytes()
+    field = content.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type")
+    length = field + 8  # behind the kind of the field and that of its numbers
+    assert content[length : length + 8] == len(tokens()).to_bytes(8, "little")
+    damaged = tmp_path / "long.gguf"
+    damaged.write_bytes(content[:length] + (1 << 60).to_bytes(8, "little") + content[length + 8 :])
+    with pytest.raises(UserError, match=r"long\.gguf is not a whole GGUF file"):
+        facts_of_model(damaged)
+
+
 def test_matrices_that_differ_are_not_tied(tensors: dict[str, np.ndarray]) -> None:
     class Untied:
         class config:

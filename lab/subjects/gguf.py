@@ -142,10 +142,8 @@ def facts_of_gguf(path: Path) -> Facts:
 
 def _fields(path: Path) -> dict[str, Any]:
     """Metadata of a GGUF file, long arrays left out, and under `tensors` the shapes of its tensors."""
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(path)
+        reader = _reader(path)
         fields = {key: field.contents() for key, field in reader.fields.items() if len(field.data) < 1000}
         tensors = {tensor.name: tuple(int(size) for size in tensor.shape) for tensor in reader.tensors}
     except (ValueError, IndexError, KeyError, OSError) as error:
@@ -153,6 +151,24 @@ def _fields(path: Path) -> dict[str, Any]:
     if "general.architecture" not in fields or "token_embd.weight" not in tensors:
         raise UserError(f"{path} is not the GGUF file of a language model")
     return {**fields, "tensors": tensors}
+
+
+def _reader(path: Path) -> Any:
+    """gguf's reader of a file, but one that does not read on behind its end.
+
+    The library's takes what is missing there for empty, and an array of 2^60 numbers, which a damaged length promises,
+    for 2^60 empty ones: it counts them until memory is full.
+    """
+    from gguf import GGUFReader
+
+    class Reader(GGUFReader):  # type: ignore[misc]
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **named: Any) -> Any:
+            found = super()._get(offset, dtype, count, *order, **named)
+            if len(found) < int(count):
+                raise ValueError(f"it ends before the field at byte {offset}")
+            return found
+
+    return Reader(path)
 
 
 def _forget_quantization(model: Any) -> None:
