@@ -153,6 +153,26 @@ def test_revisions_are_read_without_a_checkout(repository, capsys):
     assert content["numbers"]["loss"]["values"] == [3.0]
 
 
+def test_what_else_lies_among_the_snapshots_of_a_revision_is_none(repository, capsys):
+    commit(repository, snapshot())
+    for path in ("tiny/quick-bfloat16/notes.md", "index.json", "tiny/quick-bfloat16/old/toy.json"):
+        place = repository / "snapshots" / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("{")
+    git(repository, "add", "-A")
+    git(repository, "commit", "-q", "-m", "more")
+    assert run("HEAD~1", "HEAD") == 0
+    assert "no drift in 1 snapshots" in capsys.readouterr().out
+
+
+def test_a_damaged_repository_is_one_line(repository, capsys):
+    commit(repository, snapshot())
+    blob = git(repository, "rev-parse", "HEAD:snapshots/" + "/".join(AT) + ".json").strip()
+    (repository / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+    assert run("HEAD", "HEAD") == 2
+    assert capsys.readouterr().err.startswith("git show failed (fatal: ")
+
+
 def test_a_repository_whose_suite_lies_in_a_folder(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "whole" / "part"
     folder.mkdir(parents=True)

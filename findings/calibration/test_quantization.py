@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from lab import published
 from lab.corpora.batches import TokenText, token_batches
@@ -366,6 +367,19 @@ def test_every_method_runs_and_changes_the_loss():
     assert len({method.name for method in chosen}) == len(chosen)
     assert np.isfinite(found).all()
     assert (found[1:] != found[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.LayerNorm(4), "has no linear maps"),
+        (nn.ModuleDict({"up": nn.Linear(4, 4), "experts": nn.Embedding(2, 4)}), "keeps experts.weight in another form"),
+        (nn.Embedding(2, 4), "keeps weight in another form"),
+    ],
+)
+def test_a_layer_of_anything_but_linear_maps_is_refused(layer, why):
+    with pytest.raises(NotApplicable, match=why):
+        matrices(layer)
 
 
 def test_layers_without_linear_maps_are_refused():

@@ -287,6 +287,7 @@ def test_a_step_is_split_where_it_is():
     assert depth.best_split(profile) == (7, pytest.approx(1))
     assert depth.explained_by_split(profile, 7) == pytest.approx(1)
     assert depth.zone_difference(profile, 7) == pytest.approx(1)
+    assert depth.zone_difference([0.0, 3.0, 5.0, 6.0, 10.0], 2) == pytest.approx(7 - 1.5)
     assert depth.explained_by_split(profile, 3) < 0.5
 
 
