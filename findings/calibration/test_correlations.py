@@ -110,6 +110,18 @@ def test_p_values_are_scipys():
     assert spearman_p_value(x, x**3) == 0
 
 
+def test_fewer_than_three_pairs_say_nothing():
+    assert np.isnan(correlation_p_value(1.0, 2))
+    assert np.isnan(spearman_p_value([1.0, 2.0], [3.0, 4.0]))
+    assert 0 < correlation_p_value(0.99, 3) < 0.1
+
+
+@given(st.floats(-10, 10), PROFILES)
+def test_a_constant_has_no_correlation_whatever_rounding_leaves_of_it(constant, profile):
+    for correlate in (pearson_by_order, spearman_by_order):
+        assert np.isnan(correlate(np.full(len(profile), constant), profile))
+
+
 def test_p_values_count_the_layers_that_both_profiles_have():
     x, y = (xr.DataArray(values, {"layer": range(25)}) for values in np.random.default_rng(1).standard_normal((2, 25)))
     rest = slice(5, None)

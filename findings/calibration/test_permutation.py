@@ -7,7 +7,11 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 
-from lab.statistics.permutation import clustering_p_value, hub_p_value, lag_one_autocorrelation
+from lab.statistics.category_cosines import largest_gap_p_value
+from lab.statistics.contrasts import benjamini_hochberg, sign_flip_p_values
+from lab.statistics.depth import zone_shift_p_value
+from lab.statistics.mantel import label_contrast_p_value, mantel_p_value
+from lab.statistics.permutation import clustering_p_value, hub_p_value, lag_one_autocorrelation, share_reached
 
 pytestmark = pytest.mark.calibration
 
@@ -62,3 +66,43 @@ def test_a_planted_hub_is_found_and_its_chance_is_never_zero():
     strength[:, 5] += 20
     assert hub_p_value(strength) == 1 / 1000
     assert clustering_p_value(np.arange(30.0)) == 1 / 1000
+
+
+def symmetric(missing=None):
+    """A symmetric matrix [6, 6] of noise, one pair NaN if asked for."""
+    half = np.random.default_rng(4).standard_normal((6, 6))
+    matrix = half + half.T
+    if missing is not None:
+        matrix[missing] = matrix[missing[::-1]] = np.nan
+    return matrix
+
+
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:All-NaN slice")
+def test_what_cannot_be_said_of_the_data_has_no_p_value():
+    """NaN counts as reached by no permutation: as if it were the strongest evidence."""
+    noise, holed = np.random.default_rng(0).standard_normal(12), symmetric((1, 4))
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    assert np.isnan(clustering_p_value(np.ones(12)))
+    assert np.isnan(clustering_p_value(np.where(np.arange(12) == 3, np.nan, noise)))
+    assert np.isnan(zone_shift_p_value(np.where(np.arange(12) == 3, np.nan, noise), 5))
+    assert np.isnan(hub_p_value(holed))
+    assert np.isnan(mantel_p_value(holed, symmetric()))
+    assert np.isnan(mantel_p_value(symmetric(), symmetric(), given=np.ones((6, 6))))
+    assert np.isnan(label_contrast_p_value(holed, labels))
+    one_each = np.eye(3)
+    assert np.isnan(largest_gap_p_value(np.ones((2, 3, 3)), np.ones(3), one_each))
+
+
+def test_a_missing_test_leaves_the_others_as_they_are():
+    differences = np.random.default_rng(1).normal(0.5, 1, (20, 3))
+    holed = differences.copy()
+    holed[4, 1] = np.nan
+    p_values = sign_flip_p_values(holed)
+    assert np.isnan(p_values[1])
+    np.testing.assert_array_equal(p_values[[0, 2]], sign_flip_p_values(differences)[[0, 2]])
+    np.testing.assert_allclose(benjamini_hochberg(np.array([0.02, np.nan, 0.03])), [0.03, np.nan, 0.03])
+
+
+def test_the_share_reached_counts_the_given_arrangement_and_what_is_equal():
+    null = np.array([[1.0, 5.0], [2.0, 6.0], [3.0, 7.0]])
+    assert share_reached(np.array([2.0, 8.0]), null, 1e-9) == pytest.approx([0.75, 0.25])

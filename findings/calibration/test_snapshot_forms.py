@@ -3,12 +3,13 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import xarray as xr
 
 from lab.errors import UserError
 from lab.records import variable
-from lab.snapshots import comparison, differences, form, numbers, provenance
+from lab.snapshots import comparison, differences, drift, form, numbers, provenance
 from lab.snapshots.addresses import Address
 from lab.snapshots.differences import VerdictMove
 from lab.snapshots.drift import Move
@@ -100,6 +101,19 @@ def test_the_text_has_a_line_for_each_part_of_a_variable_and_for_each_verdict():
         " }",
         "}",
     ]
+
+
+def test_infinities_are_numbers_beside_numbers():
+    content = numbers.of_summary(xr.Dataset({"loss": variable("layer", [1.0, np.inf, -np.inf, np.nan], "nat", "loss")}))
+    written = numbers.parse(numbers.dump(content))
+    assert written["loss"]["values"] == [1.0, "inf", "-inf", None]
+    assert numbers.values_of(written["loss"]).tolist()[:3] == [1.0, np.inf, -np.inf]
+    assert np.isnan(numbers.values_of(written["loss"])[3])
+    moved = copy.deepcopy(written)
+    moved["loss"]["values"][0] = 2.0
+    (move,) = drift.of_variable("unknown", "loss", written, moved)
+    assert (move.labels, move.before, move.after) == ((Label("layer", 0, ""),), 1.0, 2.0)
+    assert numbers.values_of({**LOSS, "values": ["inf", "a"]}).tolist() == ["inf", "a"]
 
 
 def test_a_snapshot_of_no_experiment_is_one_line():

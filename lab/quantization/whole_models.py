@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Self
 
 import numpy as np
+import scipy
 import xarray as xr
 
 from lab.errors import NotApplicable
@@ -121,8 +122,9 @@ class WholeModels(Record):
 
         With another method named, of the difference of the two, which read the same texts.
 
-        1.96 sqrt(n / (n - 1) sum_r w_r^2 (d_r - d)^2) / sum_r w_r over texts r of w_r tokens: the delta method's
-        error of a ratio (Cochran 1977, eq. 6.13), with texts as units, since tokens of a text are correlated.
+        t sqrt(n / (n - 1) sum_r w_r^2 (d_r - d)^2) / sum_r w_r over n texts r of w_r tokens: the delta method's
+        error of a ratio (Cochran 1977, eq. 6.13), with texts as units, since tokens of a text are correlated, and
+        Student's t of n - 1 degrees of freedom. With the normal 1.96, intervals of 8 texts cover 90 %.
         """
         if "method_prompt" not in self.sampling_sizes:
             return None
@@ -133,7 +135,8 @@ class WholeModels(Record):
         if len(rises) < 2:
             raise NotApplicable(f"methods were scored on one text of {self.subject}, which has no interval")
         around = tokens * (rises - rises @ tokens / tokens.sum())
-        return float(1.96 * np.sqrt(len(rises) / (len(rises) - 1) * (around @ around)) / tokens.sum())
+        quantile = scipy.stats.t.ppf(0.975, len(rises) - 1)
+        return float(quantile * np.sqrt(len(rises) / (len(rises) - 1) * (around @ around)) / tokens.sum())
 
     def damage_interval(self, method: str, other: str | None = None) -> tuple[float, float] | None:
         """The 95 % interval of a method's damage, or of its difference from another's; None where nothing was sampled.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from lab.statistics.permutation import share_reached
+
 PERMUTATIONS = 999
 SEED = 20260704
 
@@ -74,7 +76,7 @@ def largest_gap_p_value(sums: np.ndarray, tokens: np.ndarray, member: np.ndarray
     """Chance that shuffled labels give as large a gap, within minus between, at the best of all sites (one-sided).
 
     Pairs within a prompt are left out. The maximum over sites is compared with the maximum over sites, so no
-    correction for their number is needed. NaN with fewer than two categories.
+    correction for their number is needed. NaN with fewer than two categories, or where none has two prompts.
 
     Args:
         sums: sums of cosines [site, R, R].
@@ -92,8 +94,7 @@ def largest_gap_p_value(sums: np.ndarray, tokens: np.ndarray, member: np.ndarray
 
     given = largest(member)
     null = [largest(generator.permutation(member, axis=1)) for _ in range(PERMUTATIONS)]
-    # The given labels count as one of the shuffles, so the value is never 0 (Phipson and Smyth 2010).
-    return float((1 + (np.array(null) >= given - 1e-12).sum()) / (1 + PERMUTATIONS))
+    return float(share_reached(given, np.array(null), 1e-12))
 
 
 def _mean_ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

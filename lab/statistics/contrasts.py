@@ -12,6 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from lab.statistics.permutation import share_reached
+
 PERMUTATIONS = 10_000
 SIGNIFICANT = 0.05
 SEED = 20260704
@@ -118,12 +120,13 @@ def label_p_values(values: np.ndarray, labels: np.ndarray, strata: np.ndarray | 
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """Adjusted p values [k] that control the false discovery rate (Benjamini and Hochberg 1995)."""
-    order = np.argsort(p)
-    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
-    adjusted = np.empty_like(scaled)
-    adjusted[order] = np.minimum.accumulate(scaled[::-1])[::-1]
-    return np.minimum(adjusted, 1)
+    """Adjusted p values [k] that control the false discovery rate (Benjamini and Hochberg 1995); NaN are no tests."""
+    tested = np.flatnonzero(~np.isnan(p))
+    order = tested[np.argsort(p[tested])]
+    scaled = p[order] * len(order) / np.arange(1, len(order) + 1)
+    adjusted = np.full(len(p), np.nan)
+    adjusted[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
+    return adjusted
 
 
 def _centred(values: np.ndarray, strata: np.ndarray | None) -> np.ndarray:
@@ -138,8 +141,7 @@ def _centred(values: np.ndarray, strata: np.ndarray | None) -> np.ndarray:
 
 
 def _share_reached(given: np.ndarray, null: np.ndarray) -> np.ndarray:
-    share: np.ndarray = (1 + (null >= given * (1 - _SAME)).sum(0)) / (1 + len(null))
-    return share
+    return share_reached(given, null, given * _SAME)
 
 
 @lru_cache(maxsize=8)

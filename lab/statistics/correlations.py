@@ -57,7 +57,12 @@ def without_each(x: Profile, y: Profile, correlate: Callable[[Profile, Profile],
 
 
 def correlation_p_value(correlation: float, n: int) -> float:
-    """Two-sided p-value of a correlation of n independent pairs, by Student's t with n - 2 degrees of freedom."""
+    """Two-sided p-value of a correlation of n independent pairs, by Student's t with n - 2 degrees of freedom.
+
+    NaN for fewer than three pairs.
+    """
+    if n < 3:
+        return float("nan")  # any two points lie on a line
     if abs(correlation) >= 1:
         return 0.0
     t = abs(correlation) * np.sqrt((n - 2) / (1 - correlation**2))
@@ -83,6 +88,7 @@ def _by_order(x: Profile, y: Profile) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    if not (np.ptp(x) > 0 and np.ptp(y) > 0):  # rounding leaves something of a constant less its mean
+        return float("nan")
     x, y = x - x.mean(), y - y.mean()
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 0 else float("nan")
+    return float(x @ y) / float(np.sqrt((x @ x) * (y @ y)))

@@ -32,8 +32,8 @@ def zone_shift_p_value(profile: Profile, border: int) -> float:
     """
     values = np.asarray(profile, dtype=float)
     null = np.array([abs(zone_difference(np.roll(values, shift), border)) for shift in range(len(values))])
-    # The shift by nothing is one of them, so the share is never 0.
-    return float((null >= null[0] - 1e-12).mean())
+    # The shift by nothing is one of them, so the share is never 0; of a profile with NaN nothing is known.
+    return float((null >= null[0] - 1e-12).mean()) if np.isfinite(null[0]) else float("nan")
 
 
 def best_split(profile: Profile, shortest: int = 2) -> tuple[int, float]:

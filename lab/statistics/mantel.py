@@ -13,6 +13,8 @@ import numpy as np
 import scipy
 import xarray as xr
 
+from lab.statistics.permutation import share_reached
+
 PERMUTATIONS = 999
 SEED = 20260704
 
@@ -105,6 +107,4 @@ def _relabelled_pairs(n: int) -> np.ndarray:
 
 
 def _share_reached(given: float, null: np.ndarray) -> float:
-    # The given labelling counts as one of them, so the share is never 0 (Phipson and Smyth 2010).
-    tolerance = 1e-9 * max(1.0, abs(given))
-    return float((1 + (null >= given - tolerance).sum()) / (1 + len(null)))
+    return float(share_reached(given, null, 1e-9 * max(1.0, abs(given))))
