@@ -139,6 +139,8 @@ def test_only_whole_numbers_are_numbered_places_and_only_names_name_them():
             {"scale": [0.5, 1.0]},
         )
     )
+    for name in ("loss", "scale_name"):
+        found[name]["coords"]["scale"] = [0.5, 1]
     assert labels(found, "loss", [(0,)]) == [(Label("scale", 0.5, ""),)]
     assert labels(found, "norm", [(1,)]) == [(Label("tensor", 1, "name=k"),)]
     found["tensor_name"]["values"][0] = None
@@ -157,6 +159,9 @@ def test_subjects_are_as_deep_as_their_deepest_profile():
 
     deep = "a has 4 layers and b has 6: 1 quantities by layer, pair, block or step are not compared; claims are"
     assert deep in comparison.report(of("a", 4), of("b", 6))
+    flat, one = of("a", 1), of("b", 1)
+    flat["numbers"] = {"total": total, "few": total, "every": total}
+    assert any(line.startswith("a has 0 layers and b has 1: ") for line in comparison.report(flat, one))
 
 
 def test_a_difference_survives_its_way_between_processes():
