@@ -122,6 +122,13 @@ def test_a_constant_has_no_correlation_whatever_rounding_leaves_of_it(constant, 
         assert np.isnan(correlate(np.full(len(profile), constant), profile))
 
 
+def test_nothing_shared_and_differences_below_the_range_of_floats_have_no_correlation():
+    x, y = (xr.DataArray(np.arange(float(n)), {"layer": np.arange(n) + start}) for n, start in ((4, 0), (3, 9)))
+    assert np.isnan(pearson_by_order(x, y))
+    assert np.isnan(spearman_p_value(x, y))
+    assert np.isnan(pearson_by_order([0.0, 1e-200, 0.0], [1.0, 2.0, 3.0]))
+
+
 def test_p_values_count_the_layers_that_both_profiles_have():
     x, y = (xr.DataArray(values, {"layer": range(25)}) for values in np.random.default_rng(1).standard_normal((2, 25)))
     rest = slice(5, None)

@@ -88,7 +88,9 @@ def _by_order(x: Profile, y: Profile) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    if not (np.ptp(x) > 0 and np.ptp(y) > 0):  # rounding leaves something of a constant less its mean
+    # rounding leaves something of a constant less its mean, so its range is what shows it
+    if not (len(x) and np.ptp(x) > 0 and np.ptp(y) > 0):
         return float("nan")
     x, y = x - x.mean(), y - y.mean()
-    return float(x @ y) / float(np.sqrt((x @ x) * (y @ y)))
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 0 else float("nan")
